@@ -1,0 +1,522 @@
+"""The mathematics of anyflow.py: identities, limits, convergence orders and exact cases."""
+
+import math
+
+import pytest
+import torch
+
+import anyflow
+from toy.flow2d import MLP, Mixture, mixture
+
+torch.set_num_threads(1)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def net():
+    return MLP(width=32, depth=2).double()
+
+
+def counted(model):
+    """The model with a list of the batch sizes it was called with."""
+
+    def call(z, t, r, **cond):
+        call.batches.append(len(z))
+        return model(z, t, r, **cond)
+
+    call.batches = []
+    return call
+
+
+class Exact:
+    """Average velocity of a density's ODE, by fine integration: the flow map that training should find. float64."""
+
+    def __init__(self, density):
+        self.density = density
+
+    def __call__(self, z, t, r):
+        out = self.density.velocity(z, t)
+        for i in (t > r).nonzero()[:, 0]:
+            z_r = self.density.flow(z[i : i + 1], torch.linspace(t[i], r[i], 65, dtype=torch.float64), 1)[-1]
+            out[i] = ((z[i : i + 1] - z_r) / (t[i] - r[i]))[0]
+        return out
+
+
+def draw(batch, kind=torch.float64):
+    t, r = torch.rand(2, batch, dtype=kind).sort(0, descending=True).values
+    return torch.randn(batch, 2, dtype=kind), t, r
+
+
+# path and grid
+
+
+@pytest.mark.parametrize("shift", [0.5, 1, 5])
+def test_shift_keeps_ends_and_order_and_composes(shift):
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    s = anyflow.shift_time(t, shift)
+    assert s[0] == 0 and s[-1] == 1 and (s.diff() > 0).all()
+    assert torch.allclose(anyflow.shift_time(s, 1 / shift), t, atol=1e-14)
+    # The defining property: the signal-to-noise ratio (1 - t)/t is divided by the shift.
+    assert torch.allclose(((1 - s) / s)[1:], ((1 - t) / t)[1:] / shift)
+
+
+def test_grid_of_shift_one_is_even_and_grids_nest():
+    assert torch.equal(anyflow.time_grid(4), torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64))
+    assert torch.allclose(anyflow.time_grid(8, 5.0)[::2], anyflow.time_grid(4, 5.0))
+
+
+def test_path_joins_data_to_noise_with_constant_velocity():
+    x, noise = torch.randn(2, 5, 3, dtype=torch.float64)
+    assert torch.equal(anyflow.interpolate(x, noise, 0.0), x)
+    assert torch.equal(anyflow.interpolate(x, noise, 1.0), noise)
+    slope = (anyflow.interpolate(x, noise, 0.7) - anyflow.interpolate(x, noise, 0.2)) / 0.5
+    assert torch.allclose(slope, noise - x)
+
+
+def test_time_pairs_have_the_stated_shares():
+    t, r = anyflow.time_pairs(4000, shift=5.0)
+    assert ((0 <= r) & (r <= t) & (t <= 1)).all()
+    assert (t == r).sum() == pytest.approx(2000, abs=1) and ((r == 0) & (t > 0)).sum() == pytest.approx(
+        1000, abs=1
+    )
+    # Of a batch of one, half of the draws have r = t: single samples are not starved of either kind.
+    alone = sum(bool((t == r).all()) for t, r in (anyflow.time_pairs(1) for _ in range(400)))
+    assert 140 < alone < 260
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_time_weight_has_mean_one_over_the_shifted_grid(shift):
+    grid = anyflow.time_grid(1000, shift)[:-1]
+    assert anyflow.time_weight(grid, shift).mean() == pytest.approx(1)
+    if shift == 1:  # integral of t sqrt(1 - t) is 4/15
+        assert anyflow.time_weight(torch.tensor(0.75)).item() == pytest.approx(0.375 * 15 / 4, rel=1e-3)
+
+
+# flow map and samplers
+
+
+def test_exact_average_velocity_satisfies_the_identity_and_the_semigroup():
+    exact, batch = Exact(mixture()), 6
+    z, t, r = draw(batch)
+    s = (t + r) / 2
+    direct = anyflow.jump(exact, z, t, r)
+    twice = anyflow.jump(exact, anyflow.jump(exact, z, t, s), s, r)
+    assert torch.allclose(direct, twice, atol=1e-6)
+    # u = v - (t - r) du/dt, eq. (3)
+    v = exact.density.velocity(z, t)
+    du = anyflow.central_difference(exact, z, v, t, r, eps=1e-3)
+    assert torch.allclose(exact(z, t, r), v - (t - r)[:, None] * du, atol=1e-4)
+
+
+def test_any_number_of_steps_of_the_exact_flow_map_gives_the_same_sample():
+    exact = Exact(mixture())
+    noise = torch.randn(4, 2, dtype=torch.float64)
+    samples = [anyflow.sample(exact, noise, n, shift=2.0) for n in (1, 2, 5)]
+    assert torch.allclose(samples[0], samples[1], atol=1e-5) and torch.allclose(
+        samples[0], samples[2], atol=1e-5
+    )
+
+
+def test_sampler_without_averages_is_euler(net):
+    noise = torch.randn(5, 2, dtype=torch.float64)
+    z, grid = noise, anyflow.time_grid(3, 5.0)
+    for t, r in zip(grid[:-1], grid[1:]):
+        at = t.expand(5)
+        z = z + (r - t) * net(z, at, at)
+    assert torch.allclose(anyflow.sample(net, noise, 3, shift=5.0, average=False), z)
+
+
+def test_euler_converges_to_the_exact_flow_at_order_one():
+    density = mixture()
+    noise = torch.randn(500, 2, dtype=torch.float64)
+    exact = density.flow(noise, anyflow.time_grid(64))[-1]
+    error = [
+        (anyflow.sample(density.velocity, noise, n, average=False) - exact).norm(dim=1).mean().item()
+        for n in (64, 128, 256)
+    ]
+    assert all(0.8 < math.log2(a / b) < 1.4 for a, b in zip(error, error[1:]))
+
+
+def test_path_returns_every_state(net):
+    noise = torch.randn(5, 2, dtype=torch.float64)
+    path = anyflow.sample(net, noise, 4, path=True)
+    assert path.shape == (5, 5, 2) and torch.equal(path[0], noise)
+    assert torch.equal(path[-1], anyflow.sample(net, noise, 4))
+    assert torch.equal(path[2], anyflow.jump(net, path[1], 0.75, 0.5))
+
+
+def prompted(z, t, r, prompt):
+    """A linear network with a prompt (B, 1), easy to differentiate by hand."""
+    shape = (-1,) + (1,) * (z.ndim - 1)
+    return z * (1 + t.reshape(shape) ** 2) + r.reshape(shape) + prompt.reshape(shape)
+
+
+def test_guidance_extrapolates_from_the_null_prompt():
+    z, prompt, null = torch.randn(4, 2), torch.ones(4, 1), dict(prompt=torch.zeros(4, 1))
+    one = anyflow.sample(prompted, z, 1, average=False, prompt=prompt)
+    for g in (0.0, 1.0, 3.0):  # u_cond - u_null is 1 everywhere
+        guided = anyflow.sample(prompted, z, 1, average=False, guidance=g, null=null, prompt=prompt)
+        assert torch.allclose(guided, one - (g - 1), atol=1e-6)
+
+
+def test_consistency_sampling_renoises(net):
+    noise = torch.randn(4000, 2, dtype=torch.float64)
+    net.requires_grad_(False)
+    torch.manual_seed(1)
+    path = anyflow.consistency_sample(net, noise, 2, path=True)
+    x = anyflow.jump(net, noise, 1.0, 0.0)
+    fresh = (path[1] - 0.5 * x) / 0.5  # z_r = (1 - r) x + r eps', eq. (6)
+    assert fresh.mean().abs() < 0.05 and fresh.std() == pytest.approx(1, abs=0.03)
+    assert (fresh * noise).mean().abs() < 0.05, "the noise is not fresh"
+    assert torch.equal(path[2], anyflow.jump(net, path[1], 0.5, 0.0))
+    torch.manual_seed(1)
+    assert torch.equal(path[-1], anyflow.consistency_sample(net, noise, 2))
+
+
+# training losses
+
+
+def test_flow_matching_is_minimal_at_the_marginal_velocity():
+    density = mixture()
+    x = density.sample(20000).double()
+    noise = torch.randn_like(x)
+    t = torch.rand(len(x), dtype=torch.float64)
+    off = lambda z, t, r: density.velocity(z, t) + 0.3
+    low, high = (anyflow.flow_matching_loss(model, x, t=t, noise=noise) for model in (density.velocity, off))
+    assert (high - low).item() == pytest.approx(
+        0.09, abs=0.02
+    )  # E|v - (eps - x) + c|^2 = E|v - (eps - x)|^2 + c^2
+
+
+def test_central_difference_is_second_order_in_eps(net):
+    z, t, r = draw(16)
+    t, r = 0.3 + 0.4 * t, 0.3 * r
+    v = torch.randn_like(z)
+    one = torch.ones_like(t)
+    _, exact = torch.func.jvp(net, (z, t, r), (v, one, torch.zeros_like(t)))
+    error = [
+        (anyflow.central_difference(net, z, v, t, r, eps) - exact).norm().item() for eps in (0.08, 0.04, 0.02)
+    ]
+    assert all(1.8 < math.log2(a / b) < 2.2 for a, b in zip(error, error[1:]))
+
+
+def test_central_difference_stays_inside_the_trained_times(net):
+    times = []
+
+    def spy(z, t, r):
+        times.append(t)
+        return net(z, t, r)
+
+    t = torch.tensor([1.0, 0.999, 0.001, 0.0], dtype=torch.float64)
+    z, v = torch.randn(2, 4, 2, dtype=torch.float64)
+    du = anyflow.central_difference(spy, z, v, t, torch.zeros_like(t))
+    assert len(times) == 1 and times[0].min() >= 0 and times[0].max() <= 1
+    _, exact = torch.func.jvp(net, (z, t, 0 * t), (v, torch.ones_like(t), 0 * t))
+    assert torch.allclose(du, exact, atol=0.05), "one-sided at the ends, and divided by the gap that is left"
+
+
+def test_flow_map_loss_vanishes_at_the_exact_flow_map():
+    exact = Exact(mixture())
+    x = exact.density.sample(8).double()
+    right = anyflow.flow_map_loss(exact, x, teacher=exact.density.velocity, balance=False, eps=1e-3)
+    wrong = anyflow.flow_map_loss(
+        lambda z, t, r: 1.1 * exact(z, t, r), x, teacher=exact.density.velocity, balance=False
+    )
+    assert right < 1e-8 and wrong > 1e-4
+
+
+def test_no_derivative_where_r_equals_t(net):
+    x = torch.randn(8, 2, dtype=torch.float64)
+    t = torch.full((8,), 0.6, dtype=torch.float64)
+    model = counted(net)
+    anyflow.flow_map_loss(model, x, t=t, r=t)
+    assert model.batches == [8]
+    r = torch.where(torch.arange(8) < 3, 0.2, t)
+    model.batches.clear()
+    anyflow.flow_map_loss(model, x, t=t, r=r)
+    assert model.batches == [8, 6], "one batched call, + and - of the three samples with r < t"
+
+
+def test_flow_map_loss_at_r_equals_t_is_weighted_flow_matching(net):
+    x, noise = torch.randn(2, 8, 2, dtype=torch.float64)
+    t = torch.rand(8, dtype=torch.float64)
+    one = lambda t: torch.ones_like(t)
+    loss = anyflow.flow_map_loss(net, x, t=t, r=t, noise=noise, weight=one)
+    assert torch.allclose(loss, anyflow.flow_matching_loss(net, x, t=t, noise=noise))
+
+
+def conditional_pair():
+    """A conditional and an unconditional density, and the average velocity of the GUIDED ODE by fine integration."""
+    some, every = Mixture([(1, 0), (1, 1), (-2, -1)], 0.3, "gaussian"), mixture()
+
+    class Guided:
+        def velocity(self, z, t, r=None):
+            null = every.velocity(z, t)
+            return null + 3.0 * (some.velocity(z, t) - null)
+
+        flow = Mixture.flow
+
+    exact = Exact(Guided())
+
+    def model(z, t, r, prompt):
+        return exact(z, t, r) if prompt is None else every.velocity(z, t)
+
+    return some, every, exact, model
+
+
+def test_fused_guidance_has_the_guided_flow_map_as_its_target():
+    """Derived directly: at the exact guided flow map, the target with v_cond for eps - x IS the student's output."""
+    some, every, exact, model = conditional_pair()
+    z, t, r = draw(6)
+    # noise - x is free, so let it be v_cond(z_t, t), its mean: solve z = (1 - t) x + t eps and eps - x = v_cond.
+    v = some.velocity(z, t)
+    x = z - t[:, None] * v
+    loss = anyflow.flow_map_loss(
+        model,
+        x,
+        t=t,
+        r=r,
+        noise=x + v,
+        guidance=3.0,
+        null=dict(prompt="null"),
+        balance=False,
+        eps=1e-3,
+        prompt=None,
+    )
+    assert loss < 1e-7
+    unguided = anyflow.flow_map_loss(model, x, t=t, r=r, noise=x + v, balance=False, eps=1e-3, prompt=None)
+    assert unguided > 1e-3, "the same student is wrong for the unguided flow"
+
+
+def test_fused_guidance_is_the_published_form():
+    """(u_cond - (1 - g) u_null)/g against (eps - x) - (t - r)/g du/dt, with gradient through u_cond only."""
+    net, g = torch.nn.Linear(2, 2).double(), 3.0
+    model = lambda z, t, r, prompt: net(z) * (1 + t[:, None]) + r[:, None] ** 2 + prompt
+    x, noise = torch.randn(2, 8, 2, dtype=torch.float64)
+    z, t, r = draw(8)
+    prompt, null = torch.randn(2, 8, 2, dtype=torch.float64)
+    one = lambda t: torch.ones_like(t)
+    loss = anyflow.flow_map_loss(
+        model,
+        x,
+        t=t,
+        r=r,
+        noise=noise,
+        guidance=g,
+        null=dict(prompt=null),
+        weight=one,
+        balance=False,
+        prompt=prompt,
+    )
+    z = anyflow.interpolate(x, noise, t)
+    u_null = model(z, t, t, null).detach()
+    v = g * (noise - x) + (1 - g) * u_null
+    du = anyflow.central_difference(model, z, v, t, r, prompt=prompt)
+    error = (model(z, t, r, prompt) - (1 - g) * u_null) / g - ((noise - x) - (t - r)[:, None] / g * du)
+    direct = error.square().mean()
+    assert torch.allclose(loss, direct)
+    assert all(
+        torch.allclose(a, b)
+        for a, b in zip(
+            torch.autograd.grad(loss, net.parameters()), torch.autograd.grad(direct, net.parameters())
+        )
+    )
+
+
+def test_balance_gives_every_jump_the_size_of_the_diffusion_losses():
+    loss = torch.tensor([1.0, 3.0, 10.0, 0.1], requires_grad=True)
+    off = torch.tensor([False, False, True, True])
+    balanced = anyflow._balance(loss, off)
+    assert torch.allclose(balanced, torch.tensor([1.0, 3, 2, 2]), rtol=1e-3)
+    balanced.sum().backward()
+    assert torch.allclose(loss.grad, torch.tensor([1, 1, 2 / 10, 2 / 0.1]), rtol=1e-3)
+    assert torch.equal(anyflow._balance(loss, ~torch.zeros(4, dtype=bool)), loss), (
+        "a mean over nothing is not taken"
+    )
+
+
+# on-policy
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+def test_backward_simulation_is_three_jumps(net, steps):
+    noise = torch.randn(4, 2, dtype=torch.float64)
+    grid = anyflow.time_grid(steps, 5.0)
+    for k in range(steps):
+        model = counted(net)
+        x_hat = anyflow.backward_simulation(model, noise, grid, k)
+        assert len(model.batches) == 1 + (k > 0) + (k < steps - 1) <= 3
+        z = anyflow.jump(net, noise, 1.0, grid[k].item()) if k > 0 else noise
+        z = anyflow.jump(net, z, grid[k].item(), grid[k + 1].item())
+        z = anyflow.jump(net, z, grid[k + 1].item(), 0.0) if k < steps - 1 else z
+        assert torch.equal(x_hat, z)
+
+
+def test_backward_simulation_sends_gradient_through_every_jump():
+    knobs = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    calls = []
+
+    def model(z, t, r):
+        calls.append(t)
+        return knobs[len(calls) - 1] * z
+
+    anyflow.backward_simulation(
+        model, torch.randn(4, 2, dtype=torch.float64), anyflow.time_grid(5), 2
+    ).sum().backward()
+    assert (knobs.grad != 0).all()
+
+
+def test_dmd_gradient_vanishes_for_equal_scores_and_pulls_a_displaced_sample_back():
+    density = mixture()
+    x_hat = density.sample(500).double().requires_grad_()
+    anyflow.dmd_loss(x_hat, density.velocity, density.velocity).backward()
+    assert (x_hat.grad == 0).all()
+
+    # The student's samples are the data moved by d, and so is its exact score: the gradient must point along d.
+    d = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    moved = (density.sample(4000).double() + d).requires_grad_()
+    fake = lambda z, t, r: density.velocity(z - (1 - t)[:, None] * d, t) - d
+    for per_sample in (True, False):
+        (pull,) = torch.autograd.grad(
+            anyflow.dmd_loss(moved, density.velocity, fake, per_sample=per_sample), moved
+        )
+        assert torch.cosine_similarity(pull.mean(0), d, dim=0) > 0.95
+
+
+def test_fake_score_gets_the_gradient_and_the_student_none(net):
+    x_hat = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
+    anyflow.fake_score_loss(net, x_hat).backward()
+    assert x_hat.grad is None and net.first.weight.grad.abs().sum() > 0
+
+
+# consistency
+
+
+def test_consistency_loss_vanishes_at_the_exact_endpoint_map():
+    exact = Exact(mixture())
+    x = exact.density.sample(8).double()
+    fine = anyflow.consistency_loss(exact, exact.density.velocity, x, steps=1000)
+    assert fine < 1e-5 and anyflow.consistency_loss(exact, exact.density.velocity, x, steps=4) > 10 * fine
+
+
+def test_consistency_simulation_is_renoised_jumps_with_gradient_in_the_last(net):
+    noise = torch.randn(4, 2, dtype=torch.float64)
+    grid = anyflow.time_grid(4)
+    torch.manual_seed(3)
+    x_hat = anyflow.consistency_simulation(net, noise, grid, 2)
+    torch.manual_seed(3)
+    path = anyflow.consistency_sample(net, noise, 4, path=True)
+    last = anyflow.jump(net, path[2], 0.5, 0.0)
+    assert torch.equal(x_hat, last)
+    wanted = torch.autograd.grad(last.sum(), net.last.weight)[0]
+    assert torch.allclose(torch.autograd.grad(x_hat.sum(), net.last.weight)[0], wanted)
+
+
+# times per frame, precision, repeatability
+
+
+def video_net(z, t, r):
+    at = lambda time: time.reshape(time.shape + (1,) * (z.ndim - time.ndim))
+    return (z.sin() * (1 + at(t)) + at(r).to(z.dtype)).to(z.dtype)
+
+
+LOSSES = {
+    "flow matching": lambda model, x, t, r, noise: anyflow.flow_matching_loss(model, x, t=t, noise=noise),
+    "flow map": lambda model, x, t, r, noise: anyflow.flow_map_loss(model, x, t=t, r=r, noise=noise),
+    "dmd": lambda model, x, t, r, noise: anyflow.dmd_loss(
+        x, model, lambda *a: 0.9 * model(*a), t=t, noise=noise
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_times_per_frame_equal_times_per_sample(name):
+    x, noise = torch.randn(2, 3, 4, 2, 5, 5, dtype=torch.float64)
+    t, r = torch.rand(2, 3, dtype=torch.float64).sort(0, descending=True).values
+    r[0] = t[0]
+    frames = [time[:, None].expand(3, 4) for time in (t, r)]
+    assert torch.allclose(LOSSES[name](video_net, x, t, r, noise), LOSSES[name](video_net, x, *frames, noise))
+    assert torch.allclose(anyflow.jump(video_net, x, t, r), anyflow.jump(video_net, x, *frames))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_loss_and_sampler_works_in(dtype):
+    net = MLP(width=32, depth=2)
+    low = lambda z, t, r: net(z.float(), t, r).to(dtype)
+    x, noise = torch.randn(2, 16, 2)
+    t, r = torch.rand(2, 16).sort(0, descending=True).values
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    for loss in LOSSES.values():
+        value = loss(low, x.to(dtype), t, r, noise.to(dtype))
+        assert value.dtype == torch.float32 and value.item() == pytest.approx(
+            loss(net, x, t, r, noise).item(), rel=10 * tolerance
+        )
+    z = noise.to(dtype)
+    for out, reference in (
+        (anyflow.sample(low, z, 4), anyflow.sample(net, noise, 4)),
+        (anyflow.consistency_sample(low, z, 1), anyflow.consistency_sample(net, noise, 1)),
+        (
+            anyflow.backward_simulation(low, z, anyflow.time_grid(4), 1),
+            anyflow.backward_simulation(net, noise, anyflow.time_grid(4), 1),
+        ),
+    ):
+        assert out.dtype == dtype and torch.allclose(
+            out.float(), reference, atol=3 * tolerance, rtol=tolerance
+        )
+
+
+def test_the_same_seed_gives_the_same_losses(net):
+    x = torch.randn(16, 2, dtype=torch.float64)
+
+    def run():
+        torch.manual_seed(7)
+        return [
+            anyflow.flow_matching_loss(net, x),
+            anyflow.flow_map_loss(net, x),
+            anyflow.dmd_loss(x, net, net),
+            anyflow.consistency_loss(net, net, x),
+            anyflow.consistency_sample(net, x, 3).sum(),
+        ]
+
+    assert run() == run()
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: anyflow.time_grid(0), "steps is 0"),
+        (lambda: anyflow.time_grid(2.5), "steps is 2.5"),
+        (lambda: anyflow.time_grid(4, 0), "shift is 0"),
+        (lambda: anyflow.shift_time(0.5, -1), "shift is -1"),
+        (lambda: anyflow.jump(video_net, torch.zeros(2, 2), 0.5, 0.6), "r <= t"),
+        (lambda: anyflow.jump(video_net, torch.zeros(2, 2), 1.5, 0.0), "times must satisfy"),
+        (
+            lambda: anyflow.jump(video_net, torch.zeros(2, 2), torch.tensor([0.5, math.nan]), 0.0),
+            "times must satisfy",
+        ),
+        (lambda: anyflow.jump(video_net, torch.zeros(2, 2), torch.zeros(3), 0.0), "shape (3,)"),
+        (lambda: anyflow.interpolate(torch.zeros(2, 2), torch.zeros(2, 2), -0.1), "times must satisfy"),
+        (lambda: anyflow.sample(video_net, torch.zeros(2, 2), 0), "steps is 0"),
+        (lambda: anyflow.sample(video_net, torch.zeros(2, 2), 2, guidance=3.0), "null"),
+        (lambda: anyflow.flow_map_loss(video_net, torch.zeros(2, 2), guidance=3.0), "null"),
+        (
+            lambda: anyflow.backward_simulation(video_net, torch.zeros(2, 2), anyflow.time_grid(4), 4),
+            "k is 4",
+        ),
+        (
+            lambda: anyflow.consistency_simulation(video_net, torch.zeros(2, 2), anyflow.time_grid(4), -1),
+            "k is -1",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        call()

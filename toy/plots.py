@@ -1,0 +1,200 @@
+"""Figures and animations of the toys. Each function takes plain numbers or arrays and writes one file, whole or not at all."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from matplotlib.animation import PillowWriter  # noqa: E402
+
+# Okabe-Ito: told apart by colour-blind readers; markers and dashes tell them apart in grey.
+STYLE = {
+    "teacher": dict(color="#666666", marker="s", linestyle=":", label="teacher (Euler)"),
+    "consistency": dict(color="#D55E00", marker="^", linestyle="--", label="consistency"),
+    "anyflow-forward": dict(color="#56B4E9", marker="v", linestyle="-.", label="AnyFlow, forward only"),
+    "anyflow": dict(color="#0072B2", marker="o", linestyle="-", label="AnyFlow"),
+}
+plt.rcParams.update(
+    {
+        "figure.dpi": 110,
+        "savefig.bbox": "tight",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+    }
+)
+
+
+def write(path, save):
+    """Call save(temporary path) and rename: a reader never finds half a file, and an old one stays if this one fails."""
+    path = Path(path)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        save(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _save(figure, path):
+    write(path, figure.savefig)
+    plt.close(figure)
+
+
+def _budget_axis(axis, nfe):
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(nfe, [str(n) for n in nfe])
+    axis.set_xlabel("network calls")
+    axis.set_yscale("log")
+
+
+def quality(results, path):
+    """Sliced Wasserstein distance, path error and budget drift against network calls: median line, band over the seeds."""
+    nfe = results["nfe"]
+    titles = {
+        "swd": "quality\nsliced Wasserstein distance to the data",
+        "path_error": "faithfulness\nRMS distance to the exact ODE path",
+        "budget_drift": f"same noise, same sample\nmean distance to the own {nfe[-1]}-call sample",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.9))
+    for axis, (key, title) in zip(axes, titles.items()):
+        for name, scores in results["methods"].items():
+            rows, stop = (
+                np.array(scores[key]),
+                len(nfe) - (key == "budget_drift"),
+            )  # the last drift is zero by definition
+            axis.plot(nfe[:stop], np.median(rows, 1)[:stop], markersize=5, **STYLE[name])
+            axis.fill_between(
+                nfe[:stop],
+                rows.min(1)[:stop],
+                rows.max(1)[:stop],
+                color=STYLE[name]["color"],
+                alpha=0.2,
+                lw=0,
+            )
+        _budget_axis(axis, nfe)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.25)
+    axes[0].axhline(results["floor"], color="black", lw=0.8)
+    axes[0].text(nfe[0], results["floor"] * 1.06, "sampling floor", fontsize=8)
+    axes[0].set_ylabel("better  ←  data units")
+    axes[0].legend(fontsize=8)
+    seeds = len(next(iter(results["methods"].values()))["swd"][0])
+    figure.suptitle(
+        f"{results['density']}, {seeds} seed{'s' * (seeds > 1)}: lower is better everywhere", fontsize=11
+    )
+    _save(figure, path)
+
+
+def trajectories(exact, states, nfe, path, budgets=(1, 2, 4, 16), count=24):
+    """From the same noise: exact ODE paths (grey) under the states that each method visits. exact: (T, B, 2)."""
+    names = [name for name in ("teacher", "consistency", "anyflow") if name in states]
+    figure, axes = plt.subplots(
+        len(names), len(budgets), figsize=(2.7 * len(budgets), 2.75 * len(names)), squeeze=False
+    )
+    for row, name in zip(axes, names):
+        for axis, n in zip(row, budgets):
+            visited = states[name][nfe.index(n)][:, :count].numpy()
+            axis.plot(exact[:, :count, 0], exact[:, :count, 1], color="black", lw=0.7, alpha=0.35)
+            axis.plot(visited[..., 0], visited[..., 1], color=STYLE[name]["color"], lw=0.6, alpha=0.6)
+            axis.scatter(visited[1:-1, :, 0], visited[1:-1, :, 1], s=6, color=STYLE[name]["color"])
+            axis.scatter(
+                exact[0, :count, 0],
+                exact[0, :count, 1],
+                s=9,
+                facecolor="white",
+                edgecolor="black",
+                lw=0.6,
+                zorder=3,
+            )
+            axis.scatter(
+                visited[-1, :, 0],
+                visited[-1, :, 1],
+                s=16,
+                color=STYLE[name]["color"],
+                edgecolor="black",
+                lw=0.5,
+                zorder=4,
+            )
+            axis.scatter(
+                exact[-1, :count, 0], exact[-1, :count, 1], s=22, marker="x", color="black", lw=0.8, zorder=5
+            )
+            _bare(axis)
+            if name == names[0]:
+                axis.set_title(f"{n} call{'s' * (n > 1)}")
+        row[0].set_ylabel(STYLE[name]["label"], fontsize=11)
+    figure.suptitle(
+        "white: noise · grey line and ×: the exact ODE path and its end · coloured: the states visited; filled: the sample\n"
+        "a faithful sampler's filled dots sit on the crosses",
+        fontsize=9,
+        y=0.99,
+    )
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def sample_grid(target, samples, nfe, path, budgets=(1, 2, 4, 8, 64)):
+    """Samples by method (rows) and network calls (columns), the data beside them. samples: {name: [(B, 2) per nfe]}."""
+    names = [name for name in STYLE if name in samples]
+    figure, axes = plt.subplots(
+        len(names), len(budgets) + 1, figsize=(1.85 * (len(budgets) + 1), 1.95 * len(names)), squeeze=False
+    )
+    limit = 1.15 * np.abs(target.numpy()).max()
+    for row, name in zip(axes, names):
+        for axis, n in zip(row, (*budgets, None)):
+            x = target if n is None else samples[name][nfe.index(n)]
+            density = np.histogram2d(*x.numpy().T, bins=64, range=[[-limit, limit]] * 2)[0]
+            axis.imshow(
+                np.sqrt(density.T), origin="lower", cmap="magma", extent=(-limit, limit, -limit, limit)
+            )
+            _bare(axis, limit)
+            if name == names[0]:
+                axis.set_title("data" if n is None else f"{n} call{'s' * (n > 1)}", fontsize=10)
+        row[0].set_ylabel(STYLE[name]["label"], fontsize=9)
+    figure.tight_layout(pad=0.4)
+    _save(figure, path)
+
+
+def _bare(axis, limit=2.9):
+    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
+
+
+def jumping(states, nfe, path, budgets=(1, 2, 4, 16), count=800, frames=36, hold=10):
+    """GIF: noise jumps to data at several budgets, consistency above AnyFlow; a point keeps the colour of its noise."""
+    names = [name for name in ("consistency", "anyflow") if name in states]
+    figure, axes = plt.subplots(
+        len(names), len(budgets), figsize=(2.1 * len(budgets), 2.2 * len(names)), squeeze=False, dpi=70
+    )
+    dots = {}
+    for row, name in zip(axes, names):
+        for axis, n in zip(row, budgets):
+            z = states[name][nfe.index(n)][:, :count].numpy()
+            hue = (np.arctan2(z[0, :, 1], z[0, :, 0]) / (2 * np.pi)) % 1
+            dots[name, n] = axis.scatter(
+                z[0, :, 0], z[0, :, 1], s=3, c=hue, cmap="twilight_shifted", vmin=0, vmax=1
+            )
+            _bare(axis)
+            if name == names[0]:
+                axis.set_title(f"{n} call{'s' * (n > 1)}", fontsize=10)
+        row[0].set_ylabel(STYLE[name]["label"], fontsize=10)
+    clock = figure.suptitle("", fontsize=10)
+    figure.tight_layout()
+
+    def save(part):
+        writer = PillowWriter(fps=12)
+        with writer.saving(figure, part, dpi=70):
+            for frame in [*range(frames + 1)] + [frames] * hold:
+                for (name, n), dot in dots.items():
+                    z = states[name][nfe.index(n)][:, :count].numpy()
+                    at = frame / frames * n
+                    k = min(int(at), n - 1)
+                    dot.set_offsets(z[k] + (at - k) * (z[k + 1] - z[k]))
+                clock.set_text(f"t = {1 - frame / frames:.2f}   (1 = noise, 0 = data)")
+                writer.grab_frame()
+
+    write(path, save)
+    plt.close(figure)
