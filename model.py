@@ -1,0 +1,642 @@
+"""Wan 2.1's video DiT in one class: the teacher, the AnyFlow student, and causal (FAR) AnyFlow.
+
+The three are one network over GROUPS of tokens. A group is a run of frames that are cut into patches of one size and
+share a role; it brings its frames' times (t, r), and its positions in the video. All that differs is which groups
+there are and who sees whom:
+
+    bidirectional      [the whole video]                                        everybody sees everybody
+    causal, inference  [one chunk]                                              sees itself and the KV cache
+    causal, training   [compressed past | noisy window | clean window]          a mask by chunk (see `chunk_mask`)
+
+Names of parameters and of config keys are those of diffusers, so published folders load and what is saved opens there.
+Latents are (B, F, C, H, W), text embeddings (B, L, text_dim), times float, (B,) or (B, F) in [0, 1].
+Sources: Wan (2503.20314), FAR (2503.19325), AnyFlow (2605.13724).
+"""
+
+import functools
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+CLASSES = {
+    "teacher": "WanTransformer3DModel",
+    "anyflow": "AnyFlowTransformer3DModel",
+    "causal": "AnyFlowFARTransformer3DModel",
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Config
+# ------------------------------------------------------------------------------------------------------------
+
+STUDENT, CAUSAL = {"kinds": ("anyflow", "causal")}, {"kinds": ("causal",)}
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of the network, under the names that diffusers gives them. Defaults: Wan 2.1 1.3B."""
+
+    kind: str = "anyflow"  # "teacher": one time; "anyflow": two; "causal": two times, chunks and a cache
+    patch_size: tuple = (1, 2, 2)
+    num_attention_heads: int = 12
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 8960
+    num_layers: int = 30
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024  # kept for diffusers; positions here have no limit
+    gate_value: float = field(default=0.25, metadata=STUDENT)  # weight of r beside t in the time embedding
+    deltatime_type: str = field(default="r", metadata=STUDENT)  # the second embedder sees r, or t - r
+    compressed_patch_size: tuple = field(default=(1, 4, 4), metadata=CAUSAL)
+    full_chunk_limit: int = field(default=3, metadata=CAUSAL)  # chunks at full resolution, the newest included
+    chunk_partition: tuple = field(default=(1, 3, 3, 3, 3, 3, 3, 2), metadata=CAUSAL)  # latent frames a chunk
+
+    # What published configs also hold, with the one value that this network has.
+    FIXED = {"qk_norm": "rms_norm_across_heads", "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
+
+    @property
+    def width(self):
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, config, where="config"):
+        """From a diffusers config.json as a dict. Raises ValueError for a missing, unknown or unsupported key."""
+        kinds = {name: kind for kind, name in CLASSES.items()}
+        name = config.get("_class_name")
+        if name not in kinds:
+            raise ValueError(f"{where}: _class_name is {name!r}, expected one of {', '.join(kinds)}")
+        keys = cls._keys(kinds[name])
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        for key, value in cls.FIXED.items():
+            if given.pop(key, value) != value:
+                raise ValueError(f"{where}: {key} is {config[key]!r}, but only {value!r} is supported")
+        for problem, names in (("unknown key", given.keys() - keys), ("missing key", keys - given.keys())):
+            if names:
+                raise ValueError(f"{where}: {problem} {', '.join(sorted(names))} for {name}")
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        return cls(kind=kinds[name], **(given | {"out_channels": given["out_channels"] or given["in_channels"]}))
+
+    def to_dict(self):
+        """The config.json that diffusers reads."""
+        fixed = self.FIXED if self.kind == "teacher" else {"image_dim": None}
+        return {"_class_name": CLASSES[self.kind]} | {key: getattr(self, key) for key in self._keys(self.kind)} | fixed
+
+    @classmethod
+    def _keys(cls, kind):
+        return {f.name for f in fields(cls) if f.name != "kind" and kind in f.metadata.get("kinds", (kind,))}
+
+
+PRESETS = {
+    "wan-1.3b": WanConfig(),
+    "wan-14b": WanConfig(num_attention_heads=40, ffn_dim=13824, num_layers=40),
+    "tiny": WanConfig(patch_size=(1, 4, 4), num_attention_heads=4, attention_head_dim=24, in_channels=3, out_channels=3,
+                      text_dim=32, freq_dim=64, ffn_dim=256, num_layers=4, compressed_patch_size=(1, 8, 8)),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Parts
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Embedder(nn.Module):
+    """Linear, activation, Linear."""
+
+    def __init__(self, inputs, width, activation):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(inputs, width), nn.Linear(width, width)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class ConditionEmbedder(nn.Module):
+    """Times and text to the network's width."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, width = config, config.width
+        self.time_embedder = Embedder(config.freq_dim, width, F.silu)
+        if config.kind != "teacher":
+            self.delta_embedder = Embedder(config.freq_dim, width, F.silu)
+            self.delta_embedder.load_state_dict(self.time_embedder.state_dict())
+        self.time_proj = nn.Linear(width, 6 * width)
+        self.text_embedder = Embedder(config.text_dim, width, gelu)
+
+    def times(self, t, r):
+        """(B, f) each -> e = (1 - gate) E_t(t) + gate E_r(r), (B, f, width), and its modulations (B, f, 6, width)."""
+        e = self.time_embedder(self.sinusoid(t))
+        if self.config.kind != "teacher":
+            second = r if self.config.deltatime_type == "r" else t - r
+            gate = self.config.gate_value
+            e = (1 - gate) * e + gate * self.delta_embedder(self.sinusoid(second))
+        return e, self.time_proj(F.silu(e)).unflatten(-1, (6, -1))
+
+    def sinusoid(self, t):
+        """1000 t as cosines, then sines, of geometrically spaced frequencies 1 to 1/10000: (..., freq_dim)."""
+        half = self.config.freq_dim // 2
+        frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+        angles = 1000 * t.float()[..., None] * frequencies
+        return torch.cat([angles.cos(), angles.sin()], -1).to(self.time_proj.weight.dtype)
+
+
+def gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+class Attention(nn.Module):
+    """Multi-head attention; q and k are normalised over all heads together."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads, width = config.num_attention_heads, config.width
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.norm_q, self.norm_k = nn.RMSNorm(width, config.eps), nn.RMSNorm(width, config.eps)
+
+    def query(self, x):
+        """(B, N, width) -> (B, N, heads, head_dim)."""
+        return self.norm_q(self.to_q(x)).unflatten(2, (self.heads, -1))
+
+    def key_value(self, x):
+        """Two of (B, N, heads, head_dim)."""
+        return self.norm_k(self.to_k(x)).unflatten(2, (self.heads, -1)), self.to_v(x).unflatten(2, (self.heads, -1))
+
+    def attend(self, q, k, v, mask=None):
+        """(B, N, heads, head_dim) with M keys and values -> (B, N, width). mask: None, bool (N, M), or a BlockMask."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if isinstance(mask, BlockMask):
+            x = compiled_flex_attention()(q, k, v, block_mask=mask)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out[0](x.transpose(1, 2).flatten(2))
+
+
+@functools.cache
+def compiled_flex_attention():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear, under the names of diffusers (`net.0.proj`, `net.2`)."""
+
+    def __init__(self, width, inner):
+        super().__init__()
+        first = nn.Module()
+        first.proj = nn.Linear(width, inner)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(inner, width)])
+
+    def forward(self, x):
+        return self.net[2](gelu(self.net[0].proj(x)))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward. Times enter as shift, scale and gate, per frame."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.eps, width = config.eps, config.width
+        self.attn1, self.attn2 = Attention(config), Attention(config)
+        self.norm2 = nn.LayerNorm(width, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(width, config.ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
+
+    def forward(self, x, modulation, spans, rope, text, past=None, mask=None):
+        """x (B, N, width); modulation (B, f, 6, width); spans: frames and tokens a frame, by group; rope (N, head_dim/2)
+        complex; text: keys and values; past: cached keys and values, before x. Returns x, and its own keys and values."""
+        m = (self.scale_shift_table + modulation.float()).unbind(2)  # shift, scale, gate; shift, scale, gate
+
+        h = modulate(x, m[0], m[1], spans, self.eps)
+        k, v = self.attn1.key_value(h)
+        own = k, v = rotate(k, rope), v
+        if past is not None:
+            k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
+        x = gated(x, self.attn1.attend(rotate(self.attn1.query(h), rope), k, v, mask), m[2], spans)
+
+        h = norm_float32(self.norm2, x)
+        x = x + self.attn2.attend(self.attn2.query(h), *text)
+
+        return gated(x, self.ffn(modulate(x, m[3], m[4], spans, self.eps)), m[5], spans), own
+
+
+def norm_float32(norm, x):
+    if isinstance(norm, nn.Identity):
+        return x
+    return F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps).to(x.dtype)
+
+
+def modulate(x, shift, scale, spans, eps):
+    """LayerNorm(x) (1 + scale) + shift in float32. x (B, N, width); shift, scale (B, f, width), constant in a frame."""
+    h = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return per_frame(torch.addcmul, spans, (shift, False), (h, True), (1 + scale, False)).to(x.dtype)
+
+
+def gated(x, y, gate, spans):
+    """x + gate y in float32, the gate (B, f, width) constant in a frame."""
+    return per_frame(torch.addcmul, spans, (x.float(), True), (y.float(), True), (gate, False)).to(x.dtype)
+
+
+def per_frame(function, spans, *operands):
+    """Apply function to operands that are (tokens (B, N, width), True) or (frames (B, f, width), False), frame by frame:
+    a value of a frame meets all tokens of it by broadcasting and is never repeated in memory."""
+    counts = {True: [f * n for f, n in spans], False: [f for f, _ in spans]}
+    groups = zip(*(value.split(counts[tokens], 1) for value, tokens in operands))
+    out = []
+    for (f, n), group in zip(spans, groups):
+        parts = (v.unflatten(1, (f, n)) if tokens else v[:, :, None] for v, (_, tokens) in zip(group, operands))
+        out.append(function(*parts).flatten(1, 2))
+    return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+
+def rotate(x, rope):
+    """Rotary positions: pairs (2i, 2i+1) of x (B, N, heads, head_dim) as complex numbers, turned by rope (N, head_dim/2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope[:, None]).flatten(-2).to(x.dtype)
+
+
+def rope_axis(dim, start, count, cell, device):
+    """Unit complex numbers (count, dim/2) of one axis. A patch that covers `cell` positions takes their normalised mean."""
+    frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+    positions = torch.arange(start * cell, (start + count) * cell, device=device, dtype=torch.float64)
+    angles = positions[:, None] * frequencies
+    turns = torch.polar(torch.ones_like(angles), angles).unflatten(0, (count, cell)).mean(1)
+    return (turns / turns.abs()).to(torch.complex64)
+
+
+@functools.lru_cache(maxsize=32)
+def chunk_mask(chunks, window, full, compressed, clean, device):
+    """Who sees whom in causal training, over [compressed past | noisy window | clean window].
+
+    Nobody sees a later chunk. A noisy token sees the past, CLEAN copies of earlier chunks and the noisy tokens of its
+    own chunk, as it will when sampling; a clean token sees the past and clean tokens. Without clean copies, noisy tokens
+    see the noisy tokens of earlier chunks. chunks: frames a chunk, of which the last `window` are at full resolution;
+    full, compressed: tokens a frame. Returns bool (N, N), or a BlockMask on a GPU.
+    """
+    past, noisy = (torch.tensor(chunks[:-window], dtype=int) * compressed, torch.tensor(chunks[-window:]) * full)
+    lengths = torch.cat([past, noisy] + [noisy] * clean)
+    index = torch.arange(len(chunks))
+    chunk = torch.cat([index, index[-window:]] if clean else [index]).repeat_interleave(lengths).to(device)
+    role = torch.cat([torch.full((n,), i) for i, n in enumerate([len(past), window, window * clean])])
+    role = role.repeat_interleave(lengths).to(device)  # 0 past, 1 noisy, 2 clean
+
+    def allowed(b, h, q, k):
+        to_noisy = (role[q] == 1) & ((chunk[q] == chunk[k]) | (not clean))
+        to_clean = (role[q] == 2) | (chunk[k] < chunk[q])
+        return (chunk[k] <= chunk[q]) & ((role[k] == 0) | (role[k] == 1) & to_noisy | (role[k] == 2) & to_clean)
+
+    n = len(chunk)
+    if torch.device(device).type == "cuda":
+        return create_block_mask(allowed, None, None, n, n, device=device)
+    return allowed(None, None, torch.arange(n)[:, None], torch.arange(n)[None])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The network
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Frames that enter the network together: tokens (B, f n, width), times t, r (B, f or 1), positions (f n, head_dim/2)."""
+
+    tokens: torch.Tensor
+    t: torch.Tensor
+    r: torch.Tensor
+    rope: torch.Tensor
+
+    @property
+    def span(self):
+        """Frames with a time of their own, and tokens for each."""
+        return self.t.shape[1], self.tokens.shape[1] // self.t.shape[1]
+
+
+class Cache:
+    """What a causal model remembers of finished chunks: keys and values of every block, compressed chunks first."""
+
+    def __init__(self):
+        self.past = None  # a list, by block, of keys and values (B, tokens, heads, head_dim)
+        self.compressed = 0  # how many of the tokens are of compressed chunks: these never change again
+        self.window = []  # the chunks that are at full resolution, as latents
+        self.frames = 0  # latent frames committed
+
+    def append(self, own):
+        self.past = own if self.past is None else [
+            (torch.cat([k, new_k], 1), torch.cat([v, new_v], 1)) for (k, v), (new_k, new_v) in zip(self.past, own)]
+
+    def forget_full_resolution(self):
+        self.past = [(k[:, :self.compressed], v[:, :self.compressed]) for k, v in self.past] if self.compressed else None
+
+
+class Wan(nn.Module):
+    """u(z, t, r, text) for videos z (B, F, C, H, W). See `forward` for the three ways to call it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, width = config, config.width
+        self.patch_embedding = nn.Conv3d(config.in_channels, width, config.patch_size, config.patch_size)
+        if config.kind == "causal":
+            size = config.compressed_patch_size
+            self.far_patch_embedding = nn.Conv3d(config.in_channels, width, size, size)
+            self.far_patch_embedding.load_state_dict(compressed_patches(self.patch_embedding.state_dict(), size))
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
+        self.proj_out = nn.Linear(width, config.out_channels * math.prod(config.patch_size))
+        self.checkpointing = False  # recompute the blocks in the backward pass: less memory, a third more time
+
+    def forward(self, z, t, r, text, *, clean=None, chunks=None, cache=None):
+        """Average velocity u(z, t, r), in the shape of z.
+
+        Bidirectional: z is a whole video. Causal inference: z is the next chunk, `cache` from `new_cache` holds the
+        earlier ones. Causal training: `chunks` are the frames of every chunk, `clean` the clean video of all of them,
+        and z the noisy frames of the last `full_chunk_limit` chunks (or fewer, where there are fewer); without `clean`,
+        z is the whole noisy video, of which the earlier chunks are compressed with their own times, and u is that of
+        the last chunks.
+        t, r: float, (B,) or (B, F). text: (B, L, text_dim), or what `encode_text` made of it. Raises ValueError.
+        """
+        self._check(z, text, chunks, cache)
+        text = self.encode_text(text) if torch.is_tensor(text) else text
+        t, r = as_times(t, z, "t"), as_times(r, z, "r")
+        mask, past = None, None
+        if chunks is not None:
+            window = min(len(chunks), self.config.full_chunk_limit)
+            start = sum(chunks[:-window])
+            video = z if clean is None else clean
+            if video.shape[1] != sum(chunks) or z.shape[1] != sum(chunks) - start * (clean is not None):
+                raise ValueError(f"chunks {tuple(chunks)} are {sum(chunks)} frames, {sum(chunks) - start} of them in the"
+                                 f" window; found {z.shape[1]} in z and {video.shape[1]} in the whole video")
+            zero = torch.zeros_like(t[:, :1])
+            if clean is None:
+                early, late = zip(*((x[:, :start], x[:, start:]) if x.shape[1] > 1 else (x, x) for x in (t, r)))
+            else:
+                early, late = (zero, zero), (t, r)
+            groups = [self._group(video[:, :start], *early, 0, compressed=True)] if start else []
+            groups += [self._group(z[:, start - sum(chunks):], *late, start)]
+            groups += [self._group(clean[:, start:], zero, zero, start)] if clean is not None else []
+            area = z.shape[3] * z.shape[4]
+            tokens = [area // math.prod(p[1:]) for p in (self.config.patch_size, self.config.compressed_patch_size)]
+            mask = chunk_mask(tuple(chunks), window, *tokens, clean is not None, str(z.device))
+            noisy = int(start > 0)
+        else:
+            groups, noisy = [self._group(z, t, r, cache.frames if cache else 0)], 0
+            past = cache.past if cache else None
+        x, e, _ = self._blocks(groups, text, past, mask)
+
+        spans = [g.span for g in groups]
+        x = x.split([f * n for f, n in spans], 1)[noisy]
+        e = e.split([f for f, _ in spans], 1)[noisy]
+        shift, scale = (self.scale_shift_table + e.float()[:, :, None]).unbind(2)
+        x = self.proj_out(modulate(x, shift, scale, [spans[noisy]], self.config.eps))
+        _, p, q = self.config.patch_size
+        return rearrange(x, "b (f h w) (p q c) -> b f c (h p) (w q)", h=z.shape[3] // p, w=z.shape[4] // q, p=p, q=q)
+
+    def encode_text(self, text):
+        """(B, L, text_dim) -> keys and values of every block's cross-attention: once a prompt, not once a step."""
+        text = self.condition_embedder.text_embedder(text.to(self.proj_out.weight.dtype))
+        return [block.attn2.key_value(text) for block in self.blocks]
+
+    # Causal inference. A compressed token sees only compressed tokens up to its own chunk, so what the cache holds of it
+    # is final. A token at full resolution sees the compressed past, which changes when a chunk leaves the window: then the
+    # chunks in the window, and they alone, are encoded again.
+
+    def new_cache(self):
+        """An empty cache for one stream (of any batch size)."""
+        if self.config.kind != "causal":
+            raise ValueError(f"a cache needs a causal model, found kind {self.config.kind!r}")
+        return Cache()
+
+    @torch.no_grad()
+    def extend(self, cache, chunk, text):
+        """Commit a finished chunk (B, f, C, H, W): encode it at t = r = 0 after what the cache holds. Changes the cache."""
+        self._check(chunk, text, None, cache)
+        text = self.encode_text(text) if torch.is_tensor(text) else text
+        cache.window.append(chunk)
+        cache.frames += chunk.shape[1]
+        new = cache.window[-1:]
+        if len(cache.window) >= self.config.full_chunk_limit:
+            cache.forget_full_resolution()
+            start = cache.frames - sum(c.shape[1] for c in cache.window)
+            self._commit(cache, cache.window.pop(0), start, text, compressed=True)
+            new = cache.window
+        start = cache.frames - sum(c.shape[1] for c in new)
+        for chunk in new:
+            self._commit(cache, chunk, start, text)
+            start += chunk.shape[1]
+
+    def _commit(self, cache, chunk, start, text, compressed=False):
+        zero = chunk.new_zeros(len(chunk), 1, dtype=torch.float32)
+        group = self._group(chunk, zero, zero, start, compressed)
+        cache.append(self._blocks([group], text, cache.past)[2])
+        cache.compressed += group.tokens.shape[1] * compressed
+
+    def _group(self, video, t, r, start, compressed=False):
+        patch = self.config.compressed_patch_size if compressed else self.config.patch_size
+        embedding = self.far_patch_embedding if compressed else self.patch_embedding
+        tokens = embedding(video.transpose(1, 2).to(embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        f, h, w = video.shape[1], video.shape[3] // patch[1], video.shape[4] // patch[2]
+        return Group(tokens, t, r, self._rope(start, f, h, w, patch))
+
+    def _rope(self, start, f, h, w, patch):
+        """Positions of a group: complex (f h w, head_dim/2), of which a third each for height and width, the rest for time."""
+        side = 2 * (self.config.attention_head_dim // 6)
+        sizes = self.config.attention_head_dim - 2 * side, side, side
+        device = self.proj_out.weight.device
+        cells = [compressed // full for compressed, full in zip(patch, self.config.patch_size)]
+        axes = [rope_axis(size, at, count, cell, device)
+                for size, at, count, cell in zip(sizes, (start, 0, 0), (f, h, w), cells)]
+        axes = [axis.reshape([-1 if i == j else 1 for j in range(3)] + [axis.shape[1]]).expand(f, h, w, -1)
+                for i, axis in enumerate(axes)]
+        return torch.cat(axes, -1).flatten(0, 2)
+
+    def _blocks(self, groups, text, past=None, mask=None):
+        """Run the blocks over all groups. Returns tokens (B, N, width), e (B, f, width), and keys and values by block."""
+        x = torch.cat([g.tokens for g in groups], 1)
+        e, modulation = self.condition_embedder.times(*(torch.cat(times, 1) for times in zip(*((g.t, g.r) for g in groups))))
+        rope, spans = torch.cat([g.rope for g in groups]), [g.span for g in groups]
+        own = []
+        for i, block in enumerate(self.blocks):
+            inputs = (x, modulation, spans, rope, text[i], past[i] if past else None, mask)
+            if self.checkpointing and torch.is_grad_enabled():
+                x, pair = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x, pair = block(*inputs)
+            own.append(pair)
+        return x, e, own
+
+    def _check(self, z, text, chunks, cache):
+        c = self.config
+        if (chunks is not None or cache is not None) and c.kind != "causal":
+            raise ValueError(f"chunks and cache need a causal model, found kind {c.kind!r}")
+        if z.ndim != 5 or z.shape[2] != c.in_channels:
+            raise ValueError(f"the video has shape {tuple(z.shape)}, expected (B, F, {c.in_channels}, H, W)")
+        patch = c.compressed_patch_size if chunks is not None or cache is not None else c.patch_size
+        if z.shape[3] % patch[1] or z.shape[4] % patch[2]:
+            raise ValueError(f"height and width are {z.shape[3]} x {z.shape[4]}, expected multiples of {patch[1]} x {patch[2]}")
+        if torch.is_tensor(text) and (text.ndim != 3 or text.shape[2] != c.text_dim or len(text) != len(z)):
+            raise ValueError(f"text has shape {tuple(text.shape)}, expected ({len(z)}, L, {c.text_dim})")
+
+    # Folders in the layout of diffusers: config.json and safetensors, whole or in shards with an index.
+
+    @classmethod
+    def from_pretrained(cls, folder, kind=None, dtype=None, device="cpu"):
+        """Load a folder, or its subfolder `transformer`. kind: "anyflow" or "causal" to start a student from a teacher
+        (or a causal model from a bidirectional one); at r = t it then computes what the folder's model does.
+
+        Everything is checked before anything is built. Raises ValueError naming the file, what it has and what it lacks.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ValueError(f"no model folder at {folder}")
+        if not (folder / "config.json").exists() and (folder / "transformer" / "config.json").exists():
+            folder = folder / "transformer"
+        config = WanConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+        if kind is not None:
+            order = list(CLASSES)
+            if kind not in order or order.index(kind) < order.index(config.kind):
+                raise ValueError(f"kind is {kind!r}, expected one of {order[order.index(config.kind):]} for {folder}")
+            config = replace(config, kind=kind)
+        state = read_weights(folder)
+        complete_student(state, config)
+        with torch.device("meta"):
+            model = cls(config)
+        wanted = {name: value.shape for name, value in model.state_dict().items()}
+        for problem, names in (("lacks", wanted.keys() - state.keys()), ("has unknown", state.keys() - wanted.keys())):
+            if names:
+                some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                raise ValueError(f"{folder} {problem} {some} for a {config.kind} model")
+        for name, shape in wanted.items():
+            if state[name].shape != shape:
+                raise ValueError(f"{folder}: {name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}")
+        model.load_state_dict({name: value.to(device, dtype) for name, value in state.items()}, assign=True)
+        return model
+
+    def save_pretrained(self, folder):
+        """Write config.json and the weights, LoRA merged in, as diffusers opens them: each beside, then renamed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: value.contiguous() for name, value in merged_state(self).items()}
+        save_file(state, folder / f".{WEIGHTS}.part", metadata={"format": "pt"})
+        (folder / ".config.json.part").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        os.replace(folder / f".{WEIGHTS}.part", folder / WEIGHTS)
+        os.replace(folder / ".config.json.part", folder / "config.json")
+
+
+def as_times(t, z, name):
+    """float, (B,) or (B, F) -> float32 (B, 1) or (B, F). A compiled forward cannot look at values and skips that check."""
+    t = torch.as_tensor(t, dtype=torch.float32, device=z.device)
+    if t.shape not in ((), z.shape[:1], z.shape[:2]):
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected a float, ({len(z)},) or {tuple(z.shape[:2])}")
+    if not torch.compiler.is_compiling() and not ((0 <= t) & (t <= 1)).all():
+        raise ValueError(f"{name} is in [{t.min():.4g}, {t.max():.4g}], expected times in [0, 1]")
+    return t.expand(len(z))[:, None] if t.ndim < 2 else t
+
+
+def compressed_patches(embedding, size):
+    """{"weight", "bias"} of the patch embedding -> those for larger patches: weight (out, in, *size) by trilinear interpolation."""
+    weight = embedding["weight"]
+    larger = F.interpolate(weight.flatten(0, 1)[:, None].float(), size=size, mode="trilinear")
+    return {"weight": larger.reshape(*weight.shape[:2], *size).to(weight.dtype), "bias": embedding["bias"].clone()}
+
+
+def complete_student(state, config):
+    """Add, in place, what a student has beyond its teacher: a second time embedder, the embedding of compressed patches."""
+    first, second = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
+    if config.kind != "teacher" and not any(name.startswith(second) for name in state):
+        state.update({second + name.removeprefix(first): value.clone()
+                      for name, value in list(state.items()) if name.startswith(first)})
+    if config.kind == "causal" and not any(name.startswith("far_patch_embedding.") for name in state):
+        patch = {name: state.get(f"patch_embedding.{name}") for name in ("weight", "bias")}
+        if None not in (patch["weight"], patch["bias"]):
+            new = compressed_patches(patch, config.compressed_patch_size)
+            state.update({f"far_patch_embedding.{name}": value for name, value in new.items()})
+
+
+def read_json(path):
+    if not path.exists():
+        raise ValueError(f"no file {path}")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+
+
+def read_weights(folder):
+    """{name: tensor} of a folder's safetensors, one file or the shards that its index lists."""
+    index = folder / f"{WEIGHTS}.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
+    state = {}
+    for name in names:
+        if not (folder / name).exists():
+            raise ValueError(f"no file {folder / name}" + f", which {index.name} lists" * index.exists())
+        try:
+            state.update(load_file(folder / name))
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is no safetensors file: {error}") from None
+    return state
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA
+# ------------------------------------------------------------------------------------------------------------
+
+LORA = r"attn1\.(to_[qkv]|to_out\.0)$|ffn\.net\.(0\.proj|2)$|(time|delta)_embedder\.linear_[12]$"  # the release's choice
+
+
+class LoRALinear(nn.Linear):
+    """W x + b + (alpha / rank) up(down(x)): W and b are frozen, `up` starts at zero, so training starts at the model."""
+
+    @classmethod
+    def wrap(cls, linear, rank, alpha):
+        linear.__class__ = cls
+        linear.requires_grad_(False)
+        linear.scale = alpha / rank
+        weight = linear.weight
+        linear.lora_down = nn.Parameter(weight.new_empty(rank, weight.shape[1]).normal_(std=weight.shape[1] ** -0.5))
+        linear.lora_up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.lora_down), self.lora_up) * self.scale
+
+    def merged(self):
+        return self.weight + (self.scale * self.lora_up.float() @ self.lora_down.float()).to(self.weight.dtype)
+
+
+def add_lora(model, rank, alpha, pattern=LORA):
+    """Freeze the model and give every linear whose name matches the pattern a LoRA; a causal model's compressed patch
+    embedding stays trainable whole. Returns the model. Raises ValueError where nothing matches."""
+    chosen = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(pattern, name)]
+    if not chosen or rank < 1:
+        raise ValueError(f"LoRA of rank {rank} on {pattern!r} reaches {len(chosen)} linears; expected both to be at least 1")
+    model.requires_grad_(False)
+    for linear in chosen:
+        LoRALinear.wrap(linear, rank, alpha)
+    if model.config.kind == "causal":
+        model.far_patch_embedding.requires_grad_(True)
+    return model
+
+
+def merged_state(model):
+    """The state dict with every LoRA added into the weight that it adapts: names and shapes of a model without LoRA."""
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith(("lora_up", "lora_down"))}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            state[f"{name}.weight"] = module.merged().detach()
+    return state
