@@ -219,9 +219,10 @@ class Block(nn.Module):
         self.ffn = FeedForward(width, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
-    def forward(self, x, modulation, spans, rope, text, past=None, mask=None):
+    def forward(self, x, modulation, spans, rope, text, past=None, mask=None, blank=0):
         """x (B, N, width); modulation (B, f, 6, width); spans: frames and tokens a frame, by group; rope (N, head_dim/2)
-        complex; text: keys and values; past: cached keys and values, before x. Returns x, and its own keys and values."""
+        complex; text: keys and values; past: cached keys and values, before x; blank: zero keys and values after x.
+        Returns x, and its own keys and values."""
         m = (self.scale_shift_table + modulation.float()).unbind(2)  # shift, scale, gate; shift, scale, gate
 
         h = modulate(x, m[0], m[1], spans, self.eps)
@@ -229,6 +230,8 @@ class Block(nn.Module):
         own = k, v = rotate(k, rope), v
         if past is not None:
             k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
+        if blank:
+            k, v = (F.pad(y, (0, 0, 0, 0, 0, blank)) for y in (k, v))
         x = gated(x, self.attn1.attend(rotate(self.attn1.query(h), rope), k, v, mask), m[2], spans)
 
         h = norm_float32(self.norm2, x)
@@ -331,7 +334,8 @@ class Group:
 class Cache:
     """What a causal model remembers of finished chunks: keys and values of every block, compressed chunks first."""
 
-    def __init__(self):
+    def __init__(self, padding):
+        self.padding = padding
         self.past = None  # a list, by block, of keys and values (B, tokens, heads, head_dim)
         self.compressed = 0  # how many of the tokens are of compressed chunks: these never change again
         self.window = []  # the chunks that are at full resolution, as latents
@@ -398,7 +402,8 @@ class Wan(nn.Module):
         else:
             groups, noisy = [self._group(z, t, r, cache.frames if cache else 0)], 0
             past = cache.past if cache else None
-        x, e, _ = self._blocks(groups, text, past, mask)
+        blank = -groups[0].tokens.shape[1] % 128 if cache and cache.padding else 0
+        x, e, _ = self._blocks(groups, text, past, mask, blank)
 
         spans = [g.span for g in groups]
         x = x.split([f * n for f, n in spans], 1)[noisy]
@@ -417,11 +422,17 @@ class Wan(nn.Module):
     # is final. A token at full resolution sees the compressed past, which changes when a chunk leaves the window: then the
     # chunks in the window, and they alone, are encoded again.
 
-    def new_cache(self):
-        """An empty cache for one stream (of any batch size)."""
+    def new_cache(self, padding=True):
+        """An empty cache for one stream (of any batch size).
+
+        The published sampler pads a chunk's sequence to a multiple of 128 tokens and masks nothing, so that every query
+        also sees as many keys of zero with values of zero. padding=True does the same, to give the same video;
+        padding=False leaves them out, as training does. At 480 x 832 they are 104 of 1,664 keys for the first chunk of
+        one frame, 56 of some 14,000 for a later one of three.
+        """
         if self.config.kind != "causal":
             raise ValueError(f"a cache needs a causal model, found kind {self.config.kind!r}")
-        return Cache()
+        return Cache(padding)
 
     @torch.no_grad()
     def extend(self, cache, chunk, text):
@@ -466,14 +477,14 @@ class Wan(nn.Module):
                 for i, axis in enumerate(axes)]
         return torch.cat(axes, -1).flatten(0, 2)
 
-    def _blocks(self, groups, text, past=None, mask=None):
+    def _blocks(self, groups, text, past=None, mask=None, blank=0):
         """Run the blocks over all groups. Returns tokens (B, N, width), e (B, f, width), and keys and values by block."""
         x = torch.cat([g.tokens for g in groups], 1)
         e, modulation = self.condition_embedder.times(*(torch.cat(times, 1) for times in zip(*((g.t, g.r) for g in groups))))
         rope, spans = torch.cat([g.rope for g in groups]), [g.span for g in groups]
         own = []
         for i, block in enumerate(self.blocks):
-            inputs = (x, modulation, spans, rope, text[i], past[i] if past else None, mask)
+            inputs = (x, modulation, spans, rope, text[i], past[i] if past else None, mask, blank)
             if self.checkpointing and torch.is_grad_enabled():
                 x, pair = checkpoint(block, *inputs, use_reentrant=False)
             else:
