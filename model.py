@@ -284,31 +284,33 @@ def rope_axis(dim, start, count, cell, device):
     return (turns / turns.abs()).to(torch.complex64)
 
 
-@functools.lru_cache(maxsize=32)
 def chunk_mask(chunks, window, full, compressed, clean, device):
     """Who sees whom in causal training, over [compressed past | noisy window | clean window].
 
-    Nobody sees a later chunk. A noisy token sees the past, CLEAN copies of earlier chunks and the noisy tokens of its
-    own chunk, as it will when sampling; a clean token sees the past and clean tokens. Without clean copies, noisy tokens
-    see the noisy tokens of earlier chunks. chunks: frames a chunk, of which the last `window` are at full resolution;
-    full, compressed: tokens a frame. Returns bool (N, N), or a BlockMask on a GPU.
+    Nobody sees a later chunk. A noisy token sees the past, CLEAN copies of earlier chunks and the noisy tokens of
+    its own chunk, as it will when sampling; a clean token sees the past and clean tokens. Without clean copies,
+    noisy tokens see the noisy tokens of earlier chunks. chunks: frames a chunk, the last `window` of them at full
+    resolution; full, compressed: tokens a frame. Returns bool (N, N), or a BlockMask on a GPU.
     """
-    past, noisy = (torch.tensor(chunks[:-window], dtype=int) * compressed, torch.tensor(chunks[-window:]) * full)
-    lengths = torch.cat([past, noisy] + [noisy] * clean)
-    index = torch.arange(len(chunks))
-    chunk = torch.cat([index, index[-window:]] if clean else [index]).repeat_interleave(lengths).to(device)
-    role = torch.cat([torch.full((n,), i) for i, n in enumerate([len(past), window, window * clean])])
-    role = role.repeat_interleave(lengths).to(device)  # 0 past, 1 noisy, 2 clean
+    past, late = list(enumerate(chunks))[:-window], list(enumerate(chunks))[-window:]
+    runs = [(i, 0, f * compressed) for i, f in past]  # chunk, role and length; roles: 0 past, 1 noisy, 2 clean
+    runs += [(i, role, f * full) for role in ((1, 2) if clean else (1,)) for i, f in late]
+    index, roles, lengths = torch.tensor(runs, device=device).T
+    n = sum(length for _, _, length in runs)
+    run = (torch.arange(n, device=device)[:, None] >= lengths.cumsum(0)).sum(1)
+    chunk, role = index[run], roles[run]
 
     def allowed(b, h, q, k):
         to_noisy = (role[q] == 1) & ((chunk[q] == chunk[k]) | (not clean))
         to_clean = (role[q] == 2) | (chunk[k] < chunk[q])
         return (chunk[k] <= chunk[q]) & ((role[k] == 0) | (role[k] == 1) & to_noisy | (role[k] == 2) & to_clean)
 
-    n = len(chunk)
     if torch.device(device).type == "cuda":
         return create_block_mask(allowed, None, None, n, n, device=device)
-    return allowed(None, None, torch.arange(n)[:, None], torch.arange(n)[None])
+    return allowed(None, None, torch.arange(n, device=device)[:, None], torch.arange(n, device=device))
+
+
+cached_chunk_mask = functools.lru_cache(maxsize=32)(chunk_mask)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -397,7 +399,8 @@ class Wan(nn.Module):
             groups += [self._group(clean[:, start:], zero, zero, start)] if clean is not None else []
             area = z.shape[3] * z.shape[4]
             tokens = [area // math.prod(p[1:]) for p in (self.config.patch_size, self.config.compressed_patch_size)]
-            mask = chunk_mask(tuple(chunks), window, *tokens, clean is not None, str(z.device))
+            of_chunks = chunk_mask if torch.compiler.is_compiling() else cached_chunk_mask
+            mask = of_chunks(tuple(chunks), window, *tokens, clean is not None, str(z.device))
             noisy = int(start > 0)
         else:
             groups, noisy = [self._group(z, t, r, cache.frames if cache else 0)], 0

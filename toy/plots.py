@@ -163,7 +163,7 @@ def _bare(axis, limit=2.9):
     axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
 
 
-def jumping(states, nfe, path, budgets=(1, 2, 4, 16), count=800, frames=36, hold=10):
+def jumping(states, nfe, path, budgets=(1, 2, 4, 16), count=500, frames=30, hold=8):
     """GIF: noise jumps to data at several budgets, consistency above AnyFlow; a point keeps the colour of its noise."""
     names = [name for name in ("consistency", "anyflow") if name in states]
     figure, axes = plt.subplots(

@@ -1,0 +1,12 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `pytest` alone finds the project, as `python -m pytest` does
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

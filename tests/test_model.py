@@ -1,0 +1,350 @@
+"""model.py and sample.py against diffusers, live where it is installed and by its stored answers everywhere."""
+
+import copy
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from reference import CASES, config_of, draw, inputs, ours, theirs, weights
+from safetensors.torch import load_file, save_file
+
+import model as M
+import sample
+from model import PRESETS, WEIGHTS, Wan, WanConfig
+
+STORED = load_file(Path(__file__).parent / "fixtures" / "outputs.safetensors")
+
+
+def error(ours, reference):
+    return ((ours - reference).abs().max() / reference.std()).item()
+
+
+def build(kind="causal", **changes):
+    model = Wan(WanConfig.from_dict(config_of(kind, **changes)))
+    model.load_state_dict(weights({name: value.shape for name, value in model.state_dict().items()}))
+    return model
+
+
+# agreement with diffusers
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stored_answer_of_diffusers(name):
+    assert error(ours(CASES[name]), STORED[name]) < 2e-5
+
+
+def random_case(number):
+    """Another config and another call for every number."""
+    pick = lambda what, *options: options[int(draw(f"{what} {number}").abs() * 1000) % len(options)]
+    kind = pick("kind", "teacher", "anyflow", "causal")
+    heads, dim = pick("heads", 1, 2, 3), pick("dim", 16, 18, 32)
+    config = dict(num_attention_heads=heads, attention_head_dim=dim, num_layers=pick("layers", 1, 3),
+                  in_channels=pick("in", 3, 4), cross_attn_norm=pick("norm", True, False))  # fmt: skip
+    config["out_channels"] = config["in_channels"]
+    case = dict(kind=kind, number=number, config=config, frames=pick("frames", 1, 3, 5), steps=pick("steps", 1, 2, 4))
+    if kind == "teacher":
+        return case | dict(call="forward")
+    guided = dict(guidance=3.0) if pick("guidance", True, False) else {}
+    if kind == "anyflow":
+        given = dict(given=1) if case["frames"] > 1 and pick("given", True, False) else {}
+        return case | dict(call=pick("call", "forward", "by frame", "pipeline")) | guided | given
+    config["full_chunk_limit"] = pick("limit", 2, 3)
+    if pick("call", True, False):
+        chunks = (1, 2, 1, 2, 1)[: pick("chunks", 1, 2, 3, 4, 5)]
+        return case | dict(call="training", chunks=chunks, clean=pick("clean", True, False), frames=None)
+    return case | dict(call="pipeline", frames=11, steps=1, given=pick("given", 0, 1, 3, 5)) | guided
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_live_answer_of_diffusers(number):
+    pytest.importorskip("diffusers")
+    case = random_case(number)
+    assert error(ours(case), theirs(case)) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["teacher", "bidirectional", "causal training, 5 chunks with clean copy"])
+def test_bfloat16_is_as_close_to_float32_as_that_of_diffusers(name):
+    pytest.importorskip("diffusers")
+    exact = STORED[name]
+    low, reference = (f(CASES[name], torch.bfloat16).float() for f in (ours, theirs))
+    assert (low - exact).norm() <= 1.05 * (reference - exact).norm()
+
+
+def test_names_and_shapes_are_those_of_diffusers_at_full_size():
+    diffusers = pytest.importorskip("diffusers")
+    for preset in ("wan-1.3b", "wan-14b"):
+        for kind in M.CLASSES:
+            config = replace(PRESETS[preset], kind=kind)
+            with torch.device("meta"):
+                mine = {k: v.shape for k, v in Wan(config).state_dict().items()}
+                settings = {k: v for k, v in config.to_dict().items() if k[0] != "_"}
+                reference = getattr(diffusers, M.CLASSES[kind])(**settings)
+            assert mine == {k: v.shape for k, v in reference.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "preset, kind, count",
+    [
+        ("wan-1.3b", "teacher", 1_418_996_800),
+        ("wan-1.3b", "anyflow", 1_421_752_384),
+        ("wan-1.3b", "causal", 1_422_147_136),
+        ("wan-14b", "causal", 14_317_342_784),
+    ],
+)
+def test_parameter_counts(preset, kind, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Wan(replace(PRESETS[preset], kind=kind)).parameters()) == count
+
+
+def test_folders_travel_both_ways(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    for kind, name in M.CLASSES.items():
+        mine = build(kind)
+        mine.save_pretrained(tmp_path / kind)
+        reference, info = getattr(diffusers, name).from_pretrained(tmp_path / kind, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        reference.save_pretrained(tmp_path / "back", max_shard_size="40KB")  # in shards, with an index
+        back = Wan.from_pretrained(tmp_path / "back")
+        assert back.config == mine.config and (tmp_path / "back" / f"{WEIGHTS}.index.json").exists()
+        assert all(torch.equal(a, b) for a, b in zip(mine.state_dict().values(), back.state_dict().values()))
+        for path in (tmp_path / "back").iterdir():
+            path.unlink()
+
+
+# students
+
+
+def test_student_is_its_teacher_where_r_equals_t(tmp_path):
+    teacher = build("teacher")
+    teacher.save_pretrained(tmp_path)
+    z, text, t = draw("z", 2, 3, 4, 8, 12), draw("text", 2, 5, 12), torch.tensor([0.8, 0.3])
+    with torch.no_grad():
+        expected = teacher(z, t, t, text)
+        for kind in ("anyflow", "causal"):
+            student = Wan.from_pretrained(tmp_path, kind=kind)
+            assert torch.allclose(student(z, t, t, text), expected, atol=1e-5)
+            assert not torch.allclose(student(z, t, t / 2, text), expected, atol=1e-3), "r is ignored"
+
+
+def test_compressed_patches_of_a_constant_video_see_what_its_patches_see(tmp_path):
+    build("anyflow").save_pretrained(tmp_path)
+    student = Wan.from_pretrained(tmp_path, kind="causal")
+    flat = torch.ones(1, 4, 1, 8, 12)
+    small, large = student.patch_embedding, student.far_patch_embedding
+    bias = small.bias[None, :, None, None, None]
+    assert torch.allclose(large(flat)[..., 0, 0] - bias[..., 0, 0], 4 * (small(flat)[..., 0, 0] - bias[..., 0, 0]), atol=1e-4)
+
+
+# the causal model
+
+
+def test_nothing_leaks_from_later_chunks_or_from_noise_to_clean():
+    model, chunks = build(), (1, 2, 1, 2)
+    z, clean, text = draw("z", 1, 5, 4, 8, 12), draw("clean", 1, 6, 4, 8, 12), draw("text", 1, 5, 12)
+    run = lambda z, clean: model(z, 0.7, 0.2, text, clean=clean, chunks=chunks).detach()
+    base = run(z, clean)
+    frames = lambda other: ((other - base).abs().amax((0, 2, 3, 4)) > 0).tolist()
+    # The window is chunks 1, 2, 3 = frames 0-1, 2, 3-4 of z; frames 1-2, 3, 4-5 of clean.
+    noisy, past, own = z.clone(), clean.clone(), clean.clone()
+    noisy[:, 2] += 1
+    assert frames(run(noisy, clean)) == [False, False, True, False, False]
+    past[:, 0] += 1
+    assert frames(run(z, past)) == [True] * 5
+    own[:, 3] += 1  # the clean copy of the middle chunk reaches later chunks only
+    assert frames(run(z, own)) == [False, False, False, True, True]
+
+
+def test_inference_with_the_cache_is_training_with_clean_copies():
+    model, chunks = build(), (1, 2, 1, 2, 1)
+    clip, text = draw("clip", 2, 7, 4, 8, 12), draw("text", 2, 5, 12)
+    noisy, t, r = draw("noisy", 2, 4, 4, 8, 12), torch.tensor([0.9, 0.4]), torch.tensor([0.5, 0.0])
+    cache, start, out = model.new_cache(padding=False), 0, []
+    with torch.no_grad():
+        for i, size in enumerate(chunks):
+            if i >= 2:
+                out.append(model(noisy[:, start - 3 : start - 3 + size], t, r, text, cache=cache))
+            model.extend(cache, clip[:, start : start + size], text)
+            start += size
+        assert error(torch.cat(out[-1:], 1), model(noisy, t, r, text, clean=clip, chunks=chunks)[:, -1:]) < 1e-5
+
+
+def test_the_cache_holds_what_encoding_the_whole_history_gives():
+    model, text = build(), draw("text", 1, 5, 12)
+    clip = draw("clip", 1, 12, 4, 8, 12)
+    cache = model.new_cache()
+    for i in range(6):
+        model.extend(cache, clip[:, 2 * i : 2 * i + 2], text)
+        tokens = max(0, i - 1) * 2 * 6, min(2, i + 1) * 2 * 24  # compressed 6 a frame; at most two chunks in full, 24
+        assert cache.compressed == tokens[0] and cache.past[0][0].shape[1] == sum(tokens) and cache.frames == 2 * i + 2
+        # By the training mask: the newest chunks as the clean copies of a window one chunk larger than they are.
+        if i >= 1:
+            chunks, seen = (2,) * (i + 2), {}
+            whole = torch.cat([clip[:, : 2 * i + 2], torch.zeros(1, 2, 4, 8, 12)], 1)
+            for n, block in enumerate(model.blocks):
+                block.register_forward_hook(lambda b, a, out, n=n: seen.__setitem__(n, out[1]))
+            with torch.no_grad():
+                model(whole[:, -6:] if i >= 1 else whole, 0.5, 0.5, text, clean=whole, chunks=chunks)
+            for n, (k, v) in enumerate(cache.past):
+                wanted = seen[n][0]
+                first, full = tokens
+                clean = wanted[:, -(6 * 24) : -(2 * 24)] if full == 96 else None
+                assert error(k[:, :first], wanted[:, :first]) < 1e-5 if first else True
+                if clean is not None:
+                    assert error(k[:, first:], clean) < 1e-5
+
+
+def test_streams_of_any_length_do_bounded_work_per_chunk():
+    model = build(num_layers=1)
+    text, calls = draw("text", 1, 5, 12), []
+    model.blocks[0].register_forward_pre_hook(lambda block, args: calls.append(args[0].shape[1]))
+    sizes = []
+    for chunk in sample.stream(model, text, torch.randn(1, 24, 4, 8, 12), 1, chunks=(1,) * 24):
+        assert torch.isfinite(chunk).all()
+        sizes.append(sum(calls))
+        calls.clear()
+    # A step of 24 tokens; before it the last chunk's commit: 6 tokens compressed and two chunks of 24.
+    assert sizes[3:] == [6 + 24 + 24 + 24] * 21
+
+
+def test_stream_and_generate_agree_and_given_frames_are_kept():
+    model, text, noise = build(), draw("text", 1, 5, 12), draw("noise", 1, 8, 4, 8, 12)
+    given = draw("given", 1, 3, 4, 8, 12)
+    whole = sample.generate(model, text, noise, 2, context=given)
+    parts = list(sample.stream(model, text, noise, 2, context=given))
+    assert [p.shape[1] for p in parts] == [1, 2, 2, 1, 2] and torch.equal(torch.cat(parts, 1), whole)
+    assert torch.equal(whole[:, :3], given)
+
+
+def test_text_is_encoded_once_a_prompt():
+    for kind in M.CLASSES:
+        model, calls = build(kind), []
+        model.condition_embedder.text_embedder.register_forward_hook(lambda *a: calls.append(1))
+        sample.generate(model, draw("text", 1, 5, 12), draw("noise", 1, 5, 4, 8, 12), 4)
+        assert len(calls) == 1
+
+
+# training
+
+
+@pytest.mark.parametrize("kind", ["anyflow", "causal"])
+def test_compile_without_graph_breaks(kind):
+    model, text = build(kind, num_layers=1), draw("text", 1, 5, 12)
+    z, clean = draw("z", 1, 5, 4, 8, 12), draw("clean", 1, 6, 4, 8, 12)
+    more = dict(clean=clean, chunks=(1, 2, 1, 2)) if kind == "causal" else {}
+    args = z, torch.tensor([0.7]), torch.tensor([0.2]), text
+    compiled = torch.compile(model, fullgraph=True)
+    assert error(compiled(*args, **more).detach(), model(*args, **more).detach()) < 1e-5
+
+
+def test_checkpointing_gives_the_same_gradients():
+    model = build()
+    z, text, grads = draw("z", 1, 3, 4, 8, 12), draw("text", 1, 5, 12), []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        model(z, 0.7, 0.2, text).square().sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and all(torch.equal(grads[0][k], grads[1][k]) for k in grads[0])
+
+
+def test_lora_starts_at_the_model_trains_little_and_merges_on_save(tmp_path):
+    model = build("causal")
+    z, text = draw("z", 1, 3, 4, 8, 12), draw("text", 1, 5, 12)
+    before = model(z, 0.7, 0.2, text).detach()
+    names = set(model.state_dict())
+    lora = M.add_lora(copy.deepcopy(model), rank=4, alpha=8)
+    assert torch.equal(lora(z, 0.7, 0.2, text).detach(), before)
+    trained = {name for name, p in lora.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or name.startswith("far_patch_embedding") for name in trained)
+    per_block = 2 * (4 + 2)  # q, k, v, out of the self-attention and two of the feed-forward
+    assert len([n for n in trained if "lora_" in n]) == per_block * 2 + 2 * 4  # and both linears of both time embedders
+    for name, p in lora.named_parameters():
+        if name.endswith("lora_up"):
+            p.data = draw(name, *p.shape) * 0.1
+    lora.save_pretrained(tmp_path)
+    merged = Wan.from_pretrained(tmp_path)
+    assert set(merged.state_dict()) == names
+    after = lora(z, 0.7, 0.2, text).detach()
+    assert error(merged(z, 0.7, 0.2, text).detach(), after) < 1e-5 and error(before, after) > 0.1
+
+
+# bad input
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build("anyflow").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v != "delete"}))
+
+
+def rewrite(folder, change):
+    state = load_file(folder / WEIGHTS)
+    change(state)
+    save_file(state, folder / WEIGHTS)
+
+
+def shard(folder, names):
+    (folder / WEIGHTS).rename(folder / "one.safetensors")
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {n: n + ".safetensors" for n in names}}))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), "no model folder"),
+        (lambda f: (f / "config.json").unlink(), "no file .*config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "is no JSON"),
+        (lambda f: edit(f, _class_name="UNet"), "_class_name is 'UNet'"),
+        (lambda f: edit(f, colour=3), "unknown key colour"),
+        (lambda f: edit(f, ffn_dim="delete"), "missing key ffn_dim"),
+        (lambda f: edit(f, image_dim=1280), "image_dim is 1280"),
+        (lambda f: edit(f, ffn_dim=64), "has shape"),
+        (lambda f: (f / WEIGHTS).unlink(), f"no file .*{WEIGHTS}"),
+        (lambda f: (f / WEIGHTS).write_text("weights"), "is no safetensors file"),
+        (lambda f: shard(f, ["one", "two"]), "no file .*two.safetensors, which .*index.json lists"),
+        (lambda f: rewrite(f, lambda s: s.pop("proj_out.bias")), "lacks proj_out.bias"),
+        (lambda f: rewrite(f, lambda s: s.update(extra=torch.zeros(1))), "has unknown extra"),
+    ],
+)
+def test_damaged_folder_is_named(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        Wan.from_pretrained(folder)
+
+
+BAD_CALLS = {
+    "expected \\(B, F, 4, H, W\\)": lambda m, z, x: m(z[:, :, :3], 0.5, 0.1, x),
+    "expected multiples of 4 x 4": lambda m, z, x: m(z[..., :10], 0.5, 0.1, x, chunks=(1, 2)),
+    "expected multiples of 2 x 2": lambda m, z, x: m(z[..., :11], 0.5, 0.1, x),
+    "text has shape": lambda m, z, x: m(z, 0.5, 0.1, x[..., :5]),
+    "t is in \\[1.5, 1.5\\]": lambda m, z, x: m(z, 1.5, 0.1, x),
+    "r has shape": lambda m, z, x: m(z, 0.5, torch.zeros(7), x),
+    "found 3 in z": lambda m, z, x: m(z, 0.5, 0.1, x, chunks=(1, 1)),
+    "are no sum": lambda m, z, x: sample.generate(m, x, torch.cat([z, z[:, :1]], 1), 1),
+    "ends inside a chunk": lambda m, z, x: sample.generate(m, x, z, 1, context=z[:, :2], chunks=(1, 2)),
+    "context has 3 frames": lambda m, z, x: sample.generate(m, x, z, 1, context=z),
+    "context has shape": lambda m, z, x: sample.generate(m, x, z, 1, context=z[:, :1, :2]),
+    "steps is 0": lambda m, z, x: sample.generate(m, x, z, 0),
+    "needs the null prompt": lambda m, z, x: sample.generate(m, x, z, 1, guidance=2.0),
+    "rank 0": lambda m, z, x: M.add_lora(m, 0, 1),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_call_is_named(message):
+    with pytest.raises(ValueError, match=message):
+        BAD_CALLS[message](build(num_layers=1), draw("z", 1, 3, 4, 8, 12), draw("text", 1, 5, 12))
+
+
+@pytest.mark.parametrize("call", [lambda m: m.new_cache(), lambda m: list(sample.stream(m, None, torch.zeros(1, 1, 4, 8, 8), 1))])
+def test_a_bidirectional_model_has_no_chunks(call):
+    with pytest.raises(ValueError, match="causal model"):
+        call(build("anyflow"))
