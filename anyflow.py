@@ -1,4 +1,4 @@
-"""AnyFlow: any-step diffusion by on-policy flow-map distillation (arXiv 2605.13724), for any network u(z, t, r).
+"""AnyFlow (arXiv 2605.13724): any-step diffusion by on-policy flow-map distillation, for any network u(z, t, r).
 
 Read from top to bottom; each part needs only the parts above it.
 
@@ -75,7 +75,7 @@ def _expand(t, z):
 # ------------------------------------------------------------------------------------------------------------
 # 2. The flow map and the samplers
 #
-# Data and noise are joined by an ODE, dz/dt = v(z, t). Its average velocity over [r, t] along the path from z_t is
+# An ODE dz/dt = v(z, t) joins data and noise. Its average velocity over [r, t], along the path from z_t, is
 #     u(z_t, t, r) = 1/(t - r) * integral_r^t v(z_s, s) ds,      u(z, t, t) = v(z, t),                       (1)
 # so a network that knows u jumps from t to r in one call, over any distance, without discretisation error:
 #     Phi_{r<-t}(z) = z - (t - r) u(z, t, r)                                                                 (2)
@@ -84,14 +84,14 @@ def _expand(t, z):
 
 
 def jump(model, z, t, r, **cond):
-    """Phi_{r<-t}(z), eq. (2): the state (as z) at time r <= t of the ODE path that passes through z at time t."""
+    """Phi_{r<-t}(z), eq. (2): the state (as z) at time r <= t of the ODE path that passes z at time t."""
     t, r = _times(z, t, r)
     u = model(z, t, r, **cond)
     return (z - _expand(t - r, z) * u).to(z.dtype)
 
 
 def guided(model, z, t, r, guidance=1.0, null=None, **cond):
-    """Classifier-free guidance: u_null + g (u_cond - u_null), two calls; g = 1 is the plain conditional call."""
+    """Classifier-free guidance, two calls: u_null + g (u_cond - u_null); g = 1 is the plain conditional call."""
     u = model(z, t, r, **cond)
     if guidance == 1:
         return u
@@ -123,21 +123,21 @@ def sample(model, noise, steps, *, shift=1.0, guidance=1.0, null=None, average=T
 # ------------------------------------------------------------------------------------------------------------
 # 3. The teacher: flow matching
 #
-# Many straight lines pass through one point z at time t. Regression of their slopes eps - x on z_t finds the mean,
-# v(z, t) = E[eps - x | z_t = z], and the ODE dz/dt = v(z, t) carries noise to data as the lines did. The network
-# is asked for u at r = t, so that teacher and student are one architecture.
+# Many straight lines pass through one point z at time t. Regression of their slopes eps - x on z_t finds the
+# mean, v(z, t) = E[eps - x | z_t = z], and the ODE dz/dt = v(z, t) carries noise to data as the lines did. The
+# network is asked for u at r = t, so that teacher and student are one architecture.
 # ------------------------------------------------------------------------------------------------------------
 
 
 def logit_normal_times(x, shift=1.0):
-    """Times (B,) of the teacher's training: sigmoid of a standard normal, most of them mid-way, then shifted."""
+    """Times (B,) of the teacher's training: sigmoid of a standard normal, so most are mid-way; then shifted."""
     return shift_time(torch.randn(len(x), device=x.device).sigmoid(), shift)
 
 
 def flow_matching_loss(model, x, *, t=None, noise=None, shift=1.0, **cond):
     """mean || model(z_t, t, t) - (eps - x) ||^2 over data x (B, ...). Scalar with gradient.
 
-    t: times, float, (B,) or (B, F); drawn logit-normal and shifted when not given. noise: eps (as x), drawn likewise.
+    t: float, (B,) or (B, F), logit-normal and shifted if not given. noise: eps, as x, drawn if not given.
     """
     t = logit_normal_times(x, shift) if t is None else t
     noise = torch.randn_like(x) if noise is None else noise
@@ -182,9 +182,9 @@ def time_weight(t, shift=1.0):
 
 @torch.no_grad()
 def central_difference(model, z, v, t, r, eps=0.005, **cond):
-    """du/dt of eq. (3) as [u(z + e v, t + e, r) - u(z - e v, t - e, r)] / 2e, shape of z; error O(e^2), no gradient.
+    """du/dt of eq. (3), as z: [u(z + e v, t + e, r) - u(z - e v, t - e, r)] / 2e, error O(e^2), no gradient.
 
-    Forwards are all it needs, where a Jacobian-vector product fails in flash attention, flex attention and FSDP2;
+    Forwards are all it needs; a Jacobian-vector product fails in flash attention, flex attention and FSDP2.
     + and - share one call. t +- e is clamped to [0, 1], and the quotient taken over the gap that is left.
     """
     t, r = _times(z, t, r)
@@ -226,13 +226,13 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
             v = guidance * (noise - x) + (1 - guidance) * model(z, t, t, **(cond | null))
 
         target = v.clone()
-        off = (t > r).flatten(1).any(1) if t.ndim > 1 else t > r  # where r = t the derivative is multiplied by zero
+        off = (t > r).reshape(len(x), -1).any(1)  # where r = t, du/dt is multiplied by zero: do not compute it
         if off.any():
             sub = {k: c[off] if torch.is_tensor(c) else c for k, c in cond.items()}
             du = central_difference(model, z[off], v[off], t[off], r[off], eps, **sub)
             target[off] -= (_expand(t - r, z)[off] * du).to(v.dtype)
 
-    # 1/g^2 keeps the scale of the unguided loss: (u - (1-g) u_null)/g on (eps - x) - (t-r)/g du/dt, as published.
+    # 1/g^2 keeps the unguided scale: (u - (1-g) u_null)/g against (eps - x) - (t-r)/g du/dt, as published.
     error = _squared_error(u, target) / guidance ** 2
     w = time_weight(t, shift) if weight is None else weight(t)
     loss = (_expand(w, x) * error).flatten(1).mean(1)  # (B,)
@@ -240,11 +240,11 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
 
 
 def _balance(loss, off, tiny=1e-5):
-    """Losses (B,), those with r < t rescaled to the mean of the others: l * mean / l, no gradient in the factor.
+    """Losses (B,), those with r < t rescaled to the mean of the others: l * mean / l, the factor a constant.
 
     Jumps have errors of another size than velocities, and this keeps both in view. It wants samples of many
-    numbers (over the two coordinates of a point, 1/l is noise) and the data's velocity, whose variance keeps the
-    mean above zero: a student that starts as the teacher in its own target has no error at r = t at all.
+    numbers (over the two coordinates of a point, 1/l is noise), and the data's velocity, whose variance keeps
+    the mean above zero: a student that starts as the teacher in its own target has no error at r = t at all.
     Without a sample at r = t, nothing is rescaled.
     """
     if not off.any() or off.all():
@@ -255,17 +255,17 @@ def _balance(loss, off, tiny=1e-5):
 # ------------------------------------------------------------------------------------------------------------
 # 5. Stage 2: on-policy distillation
 #
-# Stage 1 sees states made from data. A student that samples sees its own, with the errors of its earlier jumps in
-# them. So roll it out as it will be used, judge the sample x_hat where it lands, and send the gradient back. To
-# differentiate N steps is too dear, but the flow map makes the rollout three jumps however large N is:
+# Stage 1 sees states made from data. A student that samples sees its own, with the errors of its earlier jumps
+# in them. So roll it out as it will be used, judge the sample x_hat where it lands, and send the gradient back.
+# To differentiate N steps is too dear, but the flow map makes the rollout three jumps however large N is:
 #     noise --(jump)--> z at grid[k] --(the step being trained)--> z at grid[k+1] --(jump)--> x_hat          (4)
 # ------------------------------------------------------------------------------------------------------------
 
 
 def backward_simulation(model, noise, grid, k, **cond):
-    """x_hat (as noise) by eq. (4), with gradient through all of its at most three calls; empty jumps are skipped.
+    """x_hat (as noise) by eq. (4), with gradient through all its calls: at most three, empty jumps are skipped.
 
-    noise: (B, ...) at t = 1. grid: falling times, as of `time_grid`; k: which of its steps is trained, 0 <= k < steps.
+    noise: (B, ...) at t = 1. grid: of `time_grid`. k: which of its steps is trained, 0 <= k < steps.
     """
     if not 0 <= k < len(grid) - 1:
         raise ValueError(f"k is {k}, expected 0 to {len(grid) - 2} for a grid of {len(grid) - 1} steps")
@@ -277,13 +277,14 @@ def backward_simulation(model, noise, grid, k, **cond):
     return z
 
 
-def dmd_loss(x_hat, real, fake, *, t=None, noise=None, shift=1.0, guidance=1.0, null=None, per_sample=True, **cond):
+def dmd_loss(x_hat, real, fake, *, t=None, noise=None, shift=1.0, guidance=1.0, null=None, per_sample=True,
+             **cond):
     """Distribution matching (DMD, 2311.18828): its gradient moves samples x_hat (B, ...) towards the teacher's.
 
     The gradient of KL(student || teacher) is a difference of two scores, and at time t a score is an affine
     function of the expected clean sample x0 = z_t - t v(z_t, t). `real` is the frozen teacher, with guidance;
     `fake` knows the student's samples by `fake_score_loss`.
-        grad = (x0_fake - x0_real) / mean|x_hat - x0_real|,      loss = mean (x_hat - stopgrad(x_hat - grad))^2   (5)
+        grad = (x0_fake - x0_real) / mean|x_hat - x0_real|,   loss = mean (x_hat - stopgrad(x_hat - grad))^2  (5)
 
     t, noise: uniform, then shifted, and normal if not given. guidance: as in `guided`; the release's
     x0_cond + 3 (x0_cond - x0_null) is guidance = 4. per_sample: the mean in (5) is over each sample, as in the
@@ -303,7 +304,7 @@ def dmd_loss(x_hat, real, fake, *, t=None, noise=None, shift=1.0, guidance=1.0, 
 
 
 def fake_score_loss(fake, x_hat, *, shift=1.0, **cond):
-    """Flow matching of the fake score on the student's samples x_hat (B, ...), which get no gradient from it."""
+    """Flow matching of the fake score on the student's samples x_hat (B, ...), which get no gradient."""
     return flow_matching_loss(fake, x_hat.detach(), shift=shift, **cond)
 
 
@@ -318,7 +319,7 @@ def fake_score_loss(fake, x_hat, *, shift=1.0, **cond):
 
 @torch.no_grad()
 def consistency_sample(model, noise, steps, *, shift=1.0, path=False, **cond):
-    """From noise (B, ...) to a sample by eq. (6) in `steps` calls; path=True: every state, (steps + 1, B, ...)."""
+    """From noise (B, ...) to a sample by eq. (6) in `steps` calls; path=True: all states, (steps + 1, B, ...)."""
     grid = time_grid(steps, shift).tolist()
     states = [noise]
     for t, r in zip(grid[:-1], grid[1:]):
@@ -332,7 +333,7 @@ def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1
     """|| f(z_t, t) - stopgrad f(z_s, s) ||^2, z_s one Heun step of the teacher below z_t: both on one ODE path.
 
     At s = 0, f(z, 0) = z is exact; from there the truth spreads upwards, step by step. steps: how many of them
-    divide [0, 1]. t: times (B,) before the shift, uniform if not given. weight: a function of t, 1 if not given.
+    divide [0, 1]. t: (B,) before the shift, uniform if not given. weight: a function of t, 1 if not given.
     """
     tau = torch.rand(len(x), device=x.device) if t is None else t
     noise = torch.randn_like(x) if noise is None else noise
@@ -347,7 +348,7 @@ def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1
 
 
 def consistency_simulation(model, noise, grid, k, **cond):
-    """The on-policy rollout that eq. (4) replaces: k re-noised jumps without gradient, then one jump to 0 with it."""
+    """The rollout that (4) replaces, x_hat (as noise): k steps of (6) without gradient, then f(z, t) with it."""
     if not 0 <= k < len(grid) - 1:
         raise ValueError(f"k is {k}, expected 0 to {len(grid) - 2} for a grid of {len(grid) - 1} steps")
     z = noise

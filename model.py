@@ -1,14 +1,14 @@
 """Wan 2.1's video DiT in one class: the teacher, the AnyFlow student, and causal (FAR) AnyFlow.
 
-The three are one network over GROUPS of tokens. A group is a run of frames that are cut into patches of one size and
-share a role; it brings its frames' times (t, r), and its positions in the video. All that differs is which groups
-there are and who sees whom:
+The three are one network over GROUPS of tokens. A group is a run of frames cut into patches of one size; it brings
+its frames' times (t, r) and its positions in the video. All that differs is which groups there are and who sees
+whom:
 
-    bidirectional      [the whole video]                                        everybody sees everybody
-    causal, inference  [one chunk]                                              sees itself and the KV cache
-    causal, training   [compressed past | noisy window | clean window]          a mask by chunk (see `chunk_mask`)
+    bidirectional       [the whole video]                                      everybody sees everybody
+    causal, inference   [one chunk]                                            sees itself and the KV cache
+    causal, training    [compressed past | noisy window | clean window]        a mask by chunk, `chunk_mask`
 
-Names of parameters and of config keys are those of diffusers, so published folders load and what is saved opens there.
+Parameters and config keys have the names of diffusers: published folders load, and what is saved opens there.
 Latents are (B, F, C, H, W), text embeddings (B, L, text_dim), times float, (B,) or (B, F) in [0, 1].
 Sources: Wan (2503.20314), FAR (2503.19325), AnyFlow (2605.13724).
 """
@@ -69,7 +69,8 @@ class WanConfig:
     chunk_partition: tuple = field(default=(1, 3, 3, 3, 3, 3, 3, 2), metadata=CAUSAL)  # latent frames a chunk
 
     # What published configs also hold, with the one value that this network has.
-    FIXED = {"qk_norm": "rms_norm_across_heads", "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
+    FIXED = {"image_dim": None, "qk_norm": "rms_norm_across_heads", "added_kv_proj_dim": None,
+             "pos_embed_seq_len": None}
 
     @property
     def width(self):
@@ -77,7 +78,7 @@ class WanConfig:
 
     @classmethod
     def from_dict(cls, config, where="config"):
-        """From a diffusers config.json as a dict. Raises ValueError for a missing, unknown or unsupported key."""
+        """From the dict of a diffusers config.json. ValueError for a missing, unknown or unsupported key."""
         kinds = {name: kind for kind, name in CLASSES.items()}
         name = config.get("_class_name")
         if name not in kinds:
@@ -91,12 +92,19 @@ class WanConfig:
             if names:
                 raise ValueError(f"{where}: {problem} {', '.join(sorted(names))} for {name}")
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-        return cls(kind=kinds[name], **(given | {"out_channels": given["out_channels"] or given["in_channels"]}))
+        given["out_channels"] = given["out_channels"] or given["in_channels"]
+        return cls(kind=kinds[name], **given)
+
+    def __post_init__(self):
+        for name in ("patch_size", "compressed_patch_size"):
+            if getattr(self, name)[0] != 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected patches of one frame: (1, h, w)")
 
     def to_dict(self):
         """The config.json that diffusers reads."""
+        given = {key: getattr(self, key) for key in sorted(self._keys(self.kind))}
         fixed = self.FIXED if self.kind == "teacher" else {"image_dim": None}
-        return {"_class_name": CLASSES[self.kind]} | {key: getattr(self, key) for key in self._keys(self.kind)} | fixed
+        return {"_class_name": CLASSES[self.kind]} | given | fixed
 
     @classmethod
     def _keys(cls, kind):
@@ -106,8 +114,9 @@ class WanConfig:
 PRESETS = {
     "wan-1.3b": WanConfig(),
     "wan-14b": WanConfig(num_attention_heads=40, ffn_dim=13824, num_layers=40),
-    "tiny": WanConfig(patch_size=(1, 4, 4), num_attention_heads=4, attention_head_dim=24, in_channels=3, out_channels=3,
-                      text_dim=32, freq_dim=64, ffn_dim=256, num_layers=4, compressed_patch_size=(1, 8, 8)),
+    "tiny": WanConfig(patch_size=(1, 4, 4), compressed_patch_size=(1, 8, 8), num_attention_heads=4,
+                      attention_head_dim=24, in_channels=3, out_channels=3, text_dim=32, freq_dim=64, ffn_dim=256,
+                      num_layers=4),
 }  # fmt: skip
 
 
@@ -142,7 +151,7 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = Embedder(config.text_dim, width, gelu)
 
     def times(self, t, r):
-        """(B, f) each -> e = (1 - gate) E_t(t) + gate E_r(r), (B, f, width), and its modulations (B, f, 6, width)."""
+        """(B, f) -> e = (1 - gate) E_t(t) + gate E_r(r) (B, f, width), and its modulations (B, f, 6, width)."""
         e = self.time_embedder(self.sinusoid(t))
         if self.config.kind != "teacher":
             second = r if self.config.deltatime_type == "r" else t - r
@@ -153,7 +162,8 @@ class ConditionEmbedder(nn.Module):
     def sinusoid(self, t):
         """1000 t as cosines, then sines, of geometrically spaced frequencies 1 to 1/10000: (..., freq_dim)."""
         half = self.config.freq_dim // 2
-        frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+        exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
+        frequencies = torch.exp(-math.log(10000) * exponents)
         angles = 1000 * t.float()[..., None] * frequencies
         return torch.cat([angles.cos(), angles.sin()], -1).to(self.time_proj.weight.dtype)
 
@@ -178,10 +188,10 @@ class Attention(nn.Module):
 
     def key_value(self, x):
         """Two of (B, N, heads, head_dim)."""
-        return self.norm_k(self.to_k(x)).unflatten(2, (self.heads, -1)), self.to_v(x).unflatten(2, (self.heads, -1))
+        return tuple(y.unflatten(2, (self.heads, -1)) for y in (self.norm_k(self.to_k(x)), self.to_v(x)))
 
     def attend(self, q, k, v, mask=None):
-        """(B, N, heads, head_dim) with M keys and values -> (B, N, width). mask: None, bool (N, M), or a BlockMask."""
+        """(B, N, heads, head_dim), M keys and values -> (B, N, width). mask: None, bool (N, M) or a BlockMask."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if isinstance(mask, BlockMask):
             x = compiled_flex_attention()(q, k, v, block_mask=mask)
@@ -209,7 +219,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward. Times enter as shift, scale and gate, per frame."""
+    """Self-attention, cross-attention to the text, feed-forward; times enter as shift, scale and gate by frame."""
 
     def __init__(self, config):
         super().__init__()
@@ -220,9 +230,12 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
     def forward(self, x, modulation, spans, rope, text, past=None, mask=None, blank=0):
-        """x (B, N, width); modulation (B, f, 6, width); spans: frames and tokens a frame, by group; rope (N, head_dim/2)
-        complex; text: keys and values; past: cached keys and values, before x; blank: zero keys and values after x.
-        Returns x, and its own keys and values."""
+        """One block on tokens x (B, N, width). Returns x, and its own keys and values.
+
+        modulation: (B, f, 6, width). spans: frames, and tokens a frame, of each group. rope: complex
+        (N, head_dim/2). text: keys and values. past: cached keys and values, before x. blank: how many keys and
+        values of zero come after x.
+        """
         m = (self.scale_shift_table + modulation.float()).unbind(2)  # shift, scale, gate; shift, scale, gate
 
         h = modulate(x, m[0], m[1], spans, self.eps)
@@ -247,19 +260,19 @@ def norm_float32(norm, x):
 
 
 def modulate(x, shift, scale, spans, eps):
-    """LayerNorm(x) (1 + scale) + shift in float32. x (B, N, width); shift, scale (B, f, width), constant in a frame."""
+    """LayerNorm(x) (1 + scale) + shift in float32; x (B, N, width), shift and scale (B, f, width) by frame."""
     h = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     return per_frame(torch.addcmul, spans, (shift, False), (h, True), (1 + scale, False)).to(x.dtype)
 
 
 def gated(x, y, gate, spans):
-    """x + gate y in float32, the gate (B, f, width) constant in a frame."""
+    """x + gate y in float32; x, y (B, N, width), gate (B, f, width) by frame."""
     return per_frame(torch.addcmul, spans, (x.float(), True), (y.float(), True), (gate, False)).to(x.dtype)
 
 
 def per_frame(function, spans, *operands):
-    """Apply function to operands that are (tokens (B, N, width), True) or (frames (B, f, width), False), frame by frame:
-    a value of a frame meets all tokens of it by broadcasting and is never repeated in memory."""
+    """function of operands (tokens (B, N, width), True) or (frames (B, f, width), False), group by group: the value
+    of a frame meets the frame's tokens by broadcasting, and is never repeated in memory."""
     counts = {True: [f * n for f, n in spans], False: [f for f, _ in spans]}
     groups = zip(*(value.split(counts[tokens], 1) for value, tokens in operands))
     out = []
@@ -270,13 +283,13 @@ def per_frame(function, spans, *operands):
 
 
 def rotate(x, rope):
-    """Rotary positions: pairs (2i, 2i+1) of x (B, N, heads, head_dim) as complex numbers, turned by rope (N, head_dim/2)."""
+    """Turn the pairs (2i, 2i+1) of x (B, N, heads, head_dim), as complex numbers, by rope (N, head_dim/2)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rope[:, None]).flatten(-2).to(x.dtype)
 
 
 def rope_axis(dim, start, count, cell, device):
-    """Unit complex numbers (count, dim/2) of one axis. A patch that covers `cell` positions takes their normalised mean."""
+    """Unit complex numbers (count, dim/2) of one axis; a patch over `cell` positions has their normalised mean."""
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
     positions = torch.arange(start * cell, (start + count) * cell, device=device, dtype=torch.float64)
     angles = positions[:, None] * frequencies
@@ -287,10 +300,11 @@ def rope_axis(dim, start, count, cell, device):
 def chunk_mask(chunks, window, full, compressed, clean, device):
     """Who sees whom in causal training, over [compressed past | noisy window | clean window].
 
-    Nobody sees a later chunk. A noisy token sees the past, CLEAN copies of earlier chunks and the noisy tokens of
-    its own chunk, as it will when sampling; a clean token sees the past and clean tokens. Without clean copies,
-    noisy tokens see the noisy tokens of earlier chunks. chunks: frames a chunk, the last `window` of them at full
-    resolution; full, compressed: tokens a frame. Returns bool (N, N), or a BlockMask on a GPU.
+    Nobody sees a later chunk. A noisy token sees the past, CLEAN copies of earlier chunks and the noisy tokens
+    of its own chunk, as it will when sampling; a clean token sees the past and clean tokens. Without clean
+    copies, noisy tokens see the noisy tokens of earlier chunks.
+    chunks: frames of each, the last `window` of them at full resolution. full, compressed: tokens a frame.
+    Returns bool (N, N), or a BlockMask on a GPU.
     """
     past, late = list(enumerate(chunks))[:-window], list(enumerate(chunks))[-window:]
     runs = [(i, 0, f * compressed) for i, f in past]  # chunk, role and length; roles: 0 past, 1 noisy, 2 clean
@@ -320,21 +334,21 @@ cached_chunk_mask = functools.lru_cache(maxsize=32)(chunk_mask)
 
 @dataclass
 class Group:
-    """Frames that enter the network together: tokens (B, f n, width), times t, r (B, f or 1), positions (f n, head_dim/2)."""
+    """Frames that enter the network together."""
 
-    tokens: torch.Tensor
-    t: torch.Tensor
+    tokens: torch.Tensor  # (B, f n, width)
+    t: torch.Tensor  # (B, f), or (B, 1) for one time in all frames
     r: torch.Tensor
-    rope: torch.Tensor
+    rope: torch.Tensor  # complex (f n, head_dim/2)
 
     @property
     def span(self):
-        """Frames with a time of their own, and tokens for each."""
+        """How many times there are, and how many tokens share each."""
         return self.t.shape[1], self.tokens.shape[1] // self.t.shape[1]
 
 
 class Cache:
-    """What a causal model remembers of finished chunks: keys and values of every block, compressed chunks first."""
+    """What a causal model remembers of finished chunks: every block's keys and values, compressed chunks first."""
 
     def __init__(self, padding):
         self.padding = padding
@@ -344,11 +358,13 @@ class Cache:
         self.frames = 0  # latent frames committed
 
     def append(self, own):
-        self.past = own if self.past is None else [
-            (torch.cat([k, new_k], 1), torch.cat([v, new_v], 1)) for (k, v), (new_k, new_v) in zip(self.past, own)]
+        if self.past is not None:
+            own = [tuple(torch.cat(both, 1) for both in zip(old, new)) for old, new in zip(self.past, own)]
+        self.past = own
 
     def forget_full_resolution(self):
-        self.past = [(k[:, :self.compressed], v[:, :self.compressed]) for k, v in self.past] if self.compressed else None
+        n = self.compressed
+        self.past = [(k[:, :n], v[:, :n]) for k, v in self.past] if n else None
 
 
 class Wan(nn.Module):
@@ -361,7 +377,8 @@ class Wan(nn.Module):
         if config.kind == "causal":
             size = config.compressed_patch_size
             self.far_patch_embedding = nn.Conv3d(config.in_channels, width, size, size)
-            self.far_patch_embedding.load_state_dict(compressed_patches(self.patch_embedding.state_dict(), size))
+            larger = compressed_patches(self.patch_embedding.state_dict(), size)
+            self.far_patch_embedding.load_state_dict(larger)
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
@@ -371,11 +388,12 @@ class Wan(nn.Module):
     def forward(self, z, t, r, text, *, clean=None, chunks=None, cache=None):
         """Average velocity u(z, t, r), in the shape of z.
 
-        Bidirectional: z is a whole video. Causal inference: z is the next chunk, `cache` from `new_cache` holds the
-        earlier ones. Causal training: `chunks` are the frames of every chunk, `clean` the clean video of all of them,
-        and z the noisy frames of the last `full_chunk_limit` chunks (or fewer, where there are fewer); without `clean`,
-        z is the whole noisy video, of which the earlier chunks are compressed with their own times, and u is that of
-        the last chunks.
+        Bidirectional: z is a whole video.
+        Causal inference: z is the next chunk, and `cache`, from `new_cache`, holds the earlier ones.
+        Causal training: `chunks` are the frames of every chunk, `clean` is the clean video of all of them, and z
+        the noisy frames of the last `full_chunk_limit` chunks (of all, if they are fewer). Without `clean`, z is
+        the whole noisy video, its earlier chunks are compressed with their own times, and u is of the last ones.
+
         t, r: float, (B,) or (B, F). text: (B, L, text_dim), or what `encode_text` made of it. Raises ValueError.
         """
         self._check(z, text, chunks, cache)
@@ -387,8 +405,9 @@ class Wan(nn.Module):
             start = sum(chunks[:-window])
             video = z if clean is None else clean
             if video.shape[1] != sum(chunks) or z.shape[1] != sum(chunks) - start * (clean is not None):
-                raise ValueError(f"chunks {tuple(chunks)} are {sum(chunks)} frames, {sum(chunks) - start} of them in the"
-                                 f" window; found {z.shape[1]} in z and {video.shape[1]} in the whole video")
+                wanted = f"{sum(chunks)} frames, {sum(chunks) - start} of them in the window"
+                found = f"{z.shape[1]} in z and {video.shape[1]} in the whole video"
+                raise ValueError(f"chunks {tuple(chunks)} are {wanted}; found {found}")
             zero = torch.zeros_like(t[:, :1])
             if clean is None:
                 early, late = zip(*((x[:, :start], x[:, start:]) if x.shape[1] > 1 else (x, x) for x in (t, r)))
@@ -397,8 +416,8 @@ class Wan(nn.Module):
             groups = [self._group(video[:, :start], *early, 0, compressed=True)] if start else []
             groups += [self._group(z[:, start - sum(chunks):], *late, start)]
             groups += [self._group(clean[:, start:], zero, zero, start)] if clean is not None else []
-            area = z.shape[3] * z.shape[4]
-            tokens = [area // math.prod(p[1:]) for p in (self.config.patch_size, self.config.compressed_patch_size)]
+            patches = self.config.patch_size, self.config.compressed_patch_size
+            tokens = [z.shape[3] * z.shape[4] // math.prod(patch) for patch in patches]
             of_chunks = chunk_mask if torch.compiler.is_compiling() else cached_chunk_mask
             mask = of_chunks(tuple(chunks), window, *tokens, clean is not None, str(z.device))
             noisy = int(start > 0)
@@ -414,24 +433,25 @@ class Wan(nn.Module):
         shift, scale = (self.scale_shift_table + e.float()[:, :, None]).unbind(2)
         x = self.proj_out(modulate(x, shift, scale, [spans[noisy]], self.config.eps))
         _, p, q = self.config.patch_size
-        return rearrange(x, "b (f h w) (p q c) -> b f c (h p) (w q)", h=z.shape[3] // p, w=z.shape[4] // q, p=p, q=q)
+        h, w = z.shape[3] // p, z.shape[4] // q
+        return rearrange(x, "b (f h w) (p q c) -> b f c (h p) (w q)", h=h, w=w, p=p, q=q)
 
     def encode_text(self, text):
-        """(B, L, text_dim) -> keys and values of every block's cross-attention: once a prompt, not once a step."""
+        """(B, L, text_dim) -> keys and values of all cross-attentions: once for a prompt, not once for a step."""
         text = self.condition_embedder.text_embedder(text.to(self.proj_out.weight.dtype))
         return [block.attn2.key_value(text) for block in self.blocks]
 
-    # Causal inference. A compressed token sees only compressed tokens up to its own chunk, so what the cache holds of it
-    # is final. A token at full resolution sees the compressed past, which changes when a chunk leaves the window: then the
-    # chunks in the window, and they alone, are encoded again.
+    # Causal inference. A compressed token sees only compressed tokens up to its own chunk, so what the cache holds
+    # of it is final. A token at full resolution sees the compressed past, which changes when a chunk leaves the
+    # window: then the chunks in the window, and they alone, are encoded again.
 
     def new_cache(self, padding=True):
         """An empty cache for one stream (of any batch size).
 
-        The published sampler pads a chunk's sequence to a multiple of 128 tokens and masks nothing, so that every query
-        also sees as many keys of zero with values of zero. padding=True does the same, to give the same video;
-        padding=False leaves them out, as training does. At 480 x 832 they are 104 of 1,664 keys for the first chunk of
-        one frame, 56 of some 14,000 for a later one of three.
+        The published sampler pads a chunk to a multiple of 128 tokens and masks nothing, so that every query also
+        sees as many keys of zero with values of zero. padding=True does the same, to give the same video;
+        padding=False leaves them out, as training does. At 480 x 832 they are 104 of 1,664 keys for the first
+        chunk of one frame, 56 of some 14,000 for a later one of three.
         """
         if self.config.kind != "causal":
             raise ValueError(f"a cache needs a causal model, found kind {self.config.kind!r}")
@@ -439,7 +459,7 @@ class Wan(nn.Module):
 
     @torch.no_grad()
     def extend(self, cache, chunk, text):
-        """Commit a finished chunk (B, f, C, H, W): encode it at t = r = 0 after what the cache holds. Changes the cache."""
+        """Commit a finished chunk (B, f, C, H, W): encode it at t = r = 0 and add it to the cache, in place."""
         self._check(chunk, text, None, cache)
         text = self.encode_text(text) if torch.is_tensor(text) else text
         cache.window.append(chunk)
@@ -469,7 +489,7 @@ class Wan(nn.Module):
         return Group(tokens, t, r, self._rope(start, f, h, w, patch))
 
     def _rope(self, start, f, h, w, patch):
-        """Positions of a group: complex (f h w, head_dim/2), of which a third each for height and width, the rest for time."""
+        """Positions of a group, complex (f h w, head_dim/2): a third for height, for width, the rest for time."""
         side = 2 * (self.config.attention_head_dim // 6)
         sizes = self.config.attention_head_dim - 2 * side, side, side
         device = self.proj_out.weight.device
@@ -481,9 +501,10 @@ class Wan(nn.Module):
         return torch.cat(axes, -1).flatten(0, 2)
 
     def _blocks(self, groups, text, past=None, mask=None, blank=0):
-        """Run the blocks over all groups. Returns tokens (B, N, width), e (B, f, width), and keys and values by block."""
+        """All blocks over all groups: tokens (B, N, width), e (B, f, width), keys and values of each block."""
         x = torch.cat([g.tokens for g in groups], 1)
-        e, modulation = self.condition_embedder.times(*(torch.cat(times, 1) for times in zip(*((g.t, g.r) for g in groups))))
+        t, r = torch.cat([g.t for g in groups], 1), torch.cat([g.r for g in groups], 1)
+        e, modulation = self.condition_embedder.times(t, r)
         rope, spans = torch.cat([g.rope for g in groups]), [g.span for g in groups]
         own = []
         for i, block in enumerate(self.blocks):
@@ -503,7 +524,8 @@ class Wan(nn.Module):
             raise ValueError(f"the video has shape {tuple(z.shape)}, expected (B, F, {c.in_channels}, H, W)")
         patch = c.compressed_patch_size if chunks is not None or cache is not None else c.patch_size
         if z.shape[3] % patch[1] or z.shape[4] % patch[2]:
-            raise ValueError(f"height and width are {z.shape[3]} x {z.shape[4]}, expected multiples of {patch[1]} x {patch[2]}")
+            found, wanted = f"{z.shape[3]} x {z.shape[4]}", f"{patch[1]} x {patch[2]}"
+            raise ValueError(f"height and width are {found}, expected multiples of {wanted}")
         if torch.is_tensor(text) and (text.ndim != 3 or text.shape[2] != c.text_dim or len(text) != len(z)):
             raise ValueError(f"text has shape {tuple(text.shape)}, expected ({len(z)}, L, {c.text_dim})")
 
@@ -511,10 +533,11 @@ class Wan(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, kind=None, dtype=None, device="cpu"):
-        """Load a folder, or its subfolder `transformer`. kind: "anyflow" or "causal" to start a student from a teacher
-        (or a causal model from a bidirectional one); at r = t it then computes what the folder's model does.
+        """Load a folder, or its subfolder `transformer`.
 
-        Everything is checked before anything is built. Raises ValueError naming the file, what it has and what it lacks.
+        kind: "anyflow" or "causal" to start a student from a teacher (or a causal model from a bidirectional one);
+        at r = t it then computes what the folder's model does. Everything is checked before anything is built:
+        ValueError names the file, what it has and what it lacks.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -525,25 +548,28 @@ class Wan(nn.Module):
         if kind is not None:
             order = list(CLASSES)
             if kind not in order or order.index(kind) < order.index(config.kind):
-                raise ValueError(f"kind is {kind!r}, expected one of {order[order.index(config.kind):]} for {folder}")
+                known = ", ".join(order[order.index(config.kind):])
+                raise ValueError(f"kind is {kind!r}, expected one of {known} for {folder}")
             config = replace(config, kind=kind)
         state = read_weights(folder)
         complete_student(state, config)
         with torch.device("meta"):
             model = cls(config)
         wanted = {name: value.shape for name, value in model.state_dict().items()}
-        for problem, names in (("lacks", wanted.keys() - state.keys()), ("has unknown", state.keys() - wanted.keys())):
+        lacking, unknown = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+        for problem, names in (("lacks", lacking), ("has unknown", unknown)):
             if names:
                 some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
                 raise ValueError(f"{folder} {problem} {some} for a {config.kind} model")
         for name, shape in wanted.items():
             if state[name].shape != shape:
-                raise ValueError(f"{folder}: {name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}")
+                found = tuple(state[name].shape)
+                raise ValueError(f"{folder}: {name} has shape {found}, expected {tuple(shape)}")
         model.load_state_dict({name: value.to(device, dtype) for name, value in state.items()}, assign=True)
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json and the weights, LoRA merged in, as diffusers opens them: each beside, then renamed."""
+        """Write config.json and the weights, LoRA merged in, for diffusers to open: beside, then renamed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.contiguous() for name, value in merged_state(self).items()}
@@ -554,24 +580,26 @@ class Wan(nn.Module):
 
 
 def as_times(t, z, name):
-    """float, (B,) or (B, F) -> float32 (B, 1) or (B, F). A compiled forward cannot look at values and skips that check."""
+    """float, (B,) or (B, F) -> float32 (B, 1) or (B, F). A compiled forward cannot check values, only shapes."""
     t = torch.as_tensor(t, dtype=torch.float32, device=z.device)
     if t.shape not in ((), z.shape[:1], z.shape[:2]):
-        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected a float, ({len(z)},) or {tuple(z.shape[:2])}")
+        wanted = f"a float, ({len(z)},) or {tuple(z.shape[:2])}"
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {wanted}")
     if not torch.compiler.is_compiling() and not ((0 <= t) & (t <= 1)).all():
         raise ValueError(f"{name} is in [{t.min():.4g}, {t.max():.4g}], expected times in [0, 1]")
     return t.expand(len(z))[:, None] if t.ndim < 2 else t
 
 
 def compressed_patches(embedding, size):
-    """{"weight", "bias"} of the patch embedding -> those for larger patches: weight (out, in, *size) by trilinear interpolation."""
+    """{"weight", "bias"} of the patch embedding -> for patches of a larger size, by trilinear interpolation."""
     weight = embedding["weight"]
     larger = F.interpolate(weight.flatten(0, 1)[:, None].float(), size=size, mode="trilinear")
-    return {"weight": larger.reshape(*weight.shape[:2], *size).to(weight.dtype), "bias": embedding["bias"].clone()}
+    larger = larger.reshape(*weight.shape[:2], *size).to(weight.dtype)
+    return {"weight": larger, "bias": embedding["bias"].clone()}
 
 
 def complete_student(state, config):
-    """Add, in place, what a student has beyond its teacher: a second time embedder, the embedding of compressed patches."""
+    """Add, in place, what a student has beyond its teacher: a second time embedder, compressed patches."""
     first, second = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
     if config.kind != "teacher" and not any(name.startswith(second) for name in state):
         state.update({second + name.removeprefix(first): value.clone()
@@ -611,11 +639,12 @@ def read_weights(folder):
 # LoRA
 # ------------------------------------------------------------------------------------------------------------
 
-LORA = r"attn1\.(to_[qkv]|to_out\.0)$|ffn\.net\.(0\.proj|2)$|(time|delta)_embedder\.linear_[12]$"  # the release's choice
+# The linears that the release adapts.
+LORA = r"attn1\.(to_[qkv]|to_out\.0)$|ffn\.net\.(0\.proj|2)$|(time|delta)_embedder\.linear_[12]$"
 
 
 class LoRALinear(nn.Linear):
-    """W x + b + (alpha / rank) up(down(x)): W and b are frozen, `up` starts at zero, so training starts at the model."""
+    """W x + b + (alpha / rank) up(down(x)): W and b frozen, `up` zero at the start, where nothing changes."""
 
     @classmethod
     def wrap(cls, linear, rank, alpha):
@@ -623,8 +652,9 @@ class LoRALinear(nn.Linear):
         linear.requires_grad_(False)
         linear.scale = alpha / rank
         weight = linear.weight
-        linear.lora_down = nn.Parameter(weight.new_empty(rank, weight.shape[1]).normal_(std=weight.shape[1] ** -0.5))
-        linear.lora_up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        outputs, inputs = weight.shape
+        linear.lora_down = nn.Parameter(weight.new_empty(rank, inputs).normal_(std=inputs**-0.5))
+        linear.lora_up = nn.Parameter(weight.new_zeros(outputs, rank))
 
     def forward(self, x):
         return super().forward(x) + F.linear(F.linear(x, self.lora_down), self.lora_up) * self.scale
@@ -634,11 +664,11 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model, rank, alpha, pattern=LORA):
-    """Freeze the model and give every linear whose name matches the pattern a LoRA; a causal model's compressed patch
-    embedding stays trainable whole. Returns the model. Raises ValueError where nothing matches."""
+    """Freeze the model and give a LoRA to every linear whose name matches; a causal model's compressed patch
+    embedding stays trainable as a whole. Returns the model. ValueError where nothing matches."""
     chosen = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(pattern, name)]
     if not chosen or rank < 1:
-        raise ValueError(f"LoRA of rank {rank} on {pattern!r} reaches {len(chosen)} linears; expected both to be at least 1")
+        raise ValueError(f"LoRA has rank {rank} and matches {len(chosen)} linears, expected at least 1 of each")
     model.requires_grad_(False)
     for linear in chosen:
         LoRALinear.wrap(linear, rank, alpha)
@@ -648,8 +678,8 @@ def add_lora(model, rank, alpha, pattern=LORA):
 
 
 def merged_state(model):
-    """The state dict with every LoRA added into the weight that it adapts: names and shapes of a model without LoRA."""
-    state = {name: value for name, value in model.state_dict().items() if not name.endswith(("lora_up", "lora_down"))}
+    """The state dict with every LoRA added into its weight: names and shapes of a model without LoRA."""
+    state = {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             state[f"{name}.weight"] = module.merged().detach()

@@ -2,8 +2,8 @@
 
     python sample.py --model FOLDER --text prompt.safetensors --steps 4 --out out/clip.safetensors
 
-Everything here is `anyflow.sample` on a network that knows which frames are given: T2V gives none, I2V the first
-latent frame, V2V the first few.
+Everything here is `anyflow.sample` on a network that knows which frames are given: T2V gives none, I2V the
+first latent frame, V2V the first few.
 """
 
 import argparse
@@ -27,8 +27,8 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
     (B, f, C, H, W), returned unchanged. chunks: see `stream`. Raises ValueError.
     """
     if model.config.kind == "causal":
-        return torch.cat([*stream(model, text, noise, steps, shift=shift, guidance=guidance, null_text=null_text,
-                                  context=context, chunks=chunks)], 1)  # fmt: skip
+        options = dict(shift=shift, guidance=guidance, null_text=null_text, context=context, chunks=chunks)
+        return torch.cat([*stream(model, text, noise, steps, **options)], 1)
     if chunks is not None:
         raise ValueError(f"chunks need a causal model, found kind {model.config.kind!r}")
     given = check_context(context, noise)
@@ -36,7 +36,7 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
         noise = torch.cat([context.to(noise.dtype), noise[:, given:]], 1)
 
     def held(z, t, r, text):
-        """The model with the given frames held: they are at t = 0, and do not move. r is left alone, as published."""
+        """The model with the given frames held: they are at t = 0 and do not move; r is left as it is."""
         if not given:
             return model(z, t, r, text)
         frame = torch.arange(z.shape[1], device=z.device)
@@ -44,7 +44,9 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
         return torch.where((frame < given)[:, None, None, None], 0, u)
 
     with torch.no_grad():
-        text, null = model.encode_text(text), null_text if null_text is None else dict(text=model.encode_text(null_text))
+        text, null = model.encode_text(text), None
+        if guidance != 1 and null_text is not None:
+            null = dict(text=model.encode_text(null_text))
     average = model.config.kind != "teacher"
     return anyflow.sample(
         held, noise, steps, shift=shift, guidance=guidance, null=null, average=average, text=text
@@ -54,7 +56,7 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
 def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None):
     """The chunks (B, f, C, H, W) of a causal model one by one, given ones first: arguments as of `generate`.
 
-    chunks: frames of each; not given, the model's own partition as far as noise reaches. Any number of chunks will do.
+    chunks: frames of each, as many as one likes; not given, the model's own partition as far as noise reaches.
     """
     if model.config.kind != "causal":
         raise ValueError(f"streaming needs a causal model, found kind {model.config.kind!r}")
@@ -67,9 +69,9 @@ def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None
         raise ValueError(f"context of {given} frames ends inside a chunk, expected one of {ends}")
 
     with torch.no_grad():
-        text, null = model.encode_text(text), null_text if null_text is None else model.encode_text(null_text)
-    # The null prompt has a cache of its own: the past, too, is encoded with the prompt.
-    branches = [(model.new_cache(), text)] + ([(model.new_cache(), null)] if guidance != 1 and null is not None else [])
+        prompts = [text, null_text] if guidance != 1 and null_text is not None else [text]
+        # The null prompt has a cache of its own: the past, too, is encoded with the prompt.
+        branches = [(model.new_cache(), model.encode_text(prompt)) for prompt in prompts]
     cond, *nulls = (dict(cache=cache, text=prompt) for cache, prompt in branches)
     for end, size in zip(ends, chunks):
         if end <= given:
@@ -89,7 +91,7 @@ def partition(frames, chunks):
     for i in range(1, len(chunks) + 1):
         if sum(chunks[:i]) == frames:
             return tuple(chunks[:i])
-    raise ValueError(f"{frames} frames are no sum of the model's first chunks {tuple(chunks)}; name others in chunks")
+    raise ValueError(f"{frames} frames are no sum of the model's first chunks {tuple(chunks)}; name other chunks")
 
 
 def check_context(context, noise):
@@ -98,7 +100,79 @@ def check_context(context, noise):
         return 0
     shape = noise.shape
     if context.ndim != 5 or (context.shape[0], *context.shape[2:]) != (shape[0], *shape[2:]):
-        raise ValueError(f"context has shape {tuple(context.shape)}, expected ({shape[0]}, f, {', '.join(map(str, shape[2:]))})")
+        wanted = f"({shape[0]}, f, {', '.join(map(str, shape[2:]))})"
+        raise ValueError(f"context has shape {tuple(context.shape)}, expected {wanted}")
     if not 1 <= context.shape[1] < shape[1]:
         raise ValueError(f"context has {context.shape[1]} frames, expected 1 to {shape[1] - 1} of the {shape[1]}")
     return context.shape[1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(path, *names):
+    """The tensors of a safetensors file; ValueError names the file and what of `names` it lacks."""
+    if not Path(path).exists():
+        raise ValueError(f"no file {path}")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from None
+    for name in names:
+        if name not in tensors:
+            raise ValueError(f"{path} has {', '.join(tensors) or 'nothing'}, expected a tensor {name!r}")
+    return tensors
+
+
+def run(args):
+    model = Wan.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device).eval()
+    prompt = read_tensors(args.text, "text")
+    text, null_text = (x if x is None else x.to(args.device) for x in (prompt["text"], prompt.get("null_text")))
+    context = read_tensors(args.context, "latents")["latents"].to(args.device) if args.context else None
+    torch.manual_seed(args.seed)
+    shape = len(text), args.frames, model.config.in_channels, args.height, args.width
+    noise = torch.randn(shape).to(args.device)  # drawn on the CPU: the same video on every device
+    options = dict(shift=args.shift, guidance=args.guidance, null_text=null_text, context=context)
+    options |= dict(chunks=args.chunks)
+    if model.config.kind == "causal":
+        parts, bar = [], tqdm(total=args.frames, unit="frame", disable=None)
+        for chunk in stream(model, text, noise, args.steps, **options):
+            parts.append(chunk)
+            bar.update(chunk.shape[1])
+        bar.close()
+        latents = torch.cat([part.to(noise.dtype) for part in parts], 1)
+    else:
+        latents = generate(model, text, noise, args.steps, **options)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    part = args.out.with_name(f".{args.out.name}.part")
+    save_file({"latents": latents.float().cpu().contiguous()}, part)
+    os.replace(part, args.out)
+    print(f"latents {tuple(latents.shape)} in {args.out}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True, help="folder in the layout of diffusers")
+    parser.add_argument("--text", required=True, help="safetensors: `text` (B, L, text_dim), for guidance `null_text`")
+    parser.add_argument("--context", help="safetensors with `latents` (B, f, C, H, W): the given first frames")
+    parser.add_argument("--out", type=Path, default=Path("out/latents.safetensors"))
+    parser.add_argument("--steps", type=int, default=4, help="network calls, of a causal model for each chunk")
+    parser.add_argument("--frames", type=int, default=21, help="latent frames: 21 are 81 in pixels")
+    parser.add_argument("--height", type=int, default=60, help="of the latents: 60 are 480 pixels")
+    parser.add_argument("--width", type=int, default=104, help="of the latents: 104 are 832 pixels")
+    parser.add_argument("--chunks", type=int, nargs="+", help="frames of each, if not the model's own")
+    parser.add_argument("--shift", type=float, default=5.0)
+    parser.add_argument("--guidance", type=float, default=1.0, help="for teachers; students have it built in")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        run(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        sys.exit(f"sample.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

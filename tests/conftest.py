@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `pytest` alone finds the project, as `python -m pytest` does
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that plain `pytest` finds the project, too
 
 
 @pytest.fixture(autouse=True)

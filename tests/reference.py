@@ -1,6 +1,6 @@
-"""The same calls to diffusers and to this project, with weights and inputs that depend on nothing but their names.
+"""The same calls to diffusers and to this project, with weights and inputs that depend on their names alone.
 
-A case is a dict: kind, config, call, and what the call needs. `ours` and `theirs` answer with latents (B, F, C, H, W).
+A case is a dict: kind, config, call, and what the call needs. `ours` and `theirs` answer with (B, F, C, H, W).
 """
 
 import zlib
@@ -12,7 +12,8 @@ import sample
 from model import CLASSES, Wan, WanConfig
 
 SMALL = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
-             text_dim=12, freq_dim=16, ffn_dim=48, num_layers=2, cross_attn_norm=True, eps=1e-6, rope_max_seq_len=1024)  # fmt: skip
+             text_dim=12, freq_dim=16, ffn_dim=48, num_layers=2, cross_attn_norm=True, eps=1e-6,
+             rope_max_seq_len=1024)  # fmt: skip
 STUDENT = dict(gate_value=0.25, deltatime_type="r", image_dim=None)
 CAUSAL = dict(compressed_patch_size=(1, 4, 4), full_chunk_limit=3, chunk_partition=(1, 2, 2, 1, 2, 2, 1))
 TEACHER = dict(qk_norm="rms_norm_across_heads", image_dim=None, added_kv_proj_dim=None, pos_embed_seq_len=None)
@@ -25,13 +26,15 @@ def config_of(kind, **changes):
 
 def draw(name, *shape):
     """Normal float32 numbers that depend on the name alone, on every version of every library."""
-    return torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype("float32"))
+    numbers = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    return torch.from_numpy(np.asarray(numbers, dtype="float32"))
 
 
 def weights(shapes):
     """Weights large enough that every part of the network matters in the output."""
-    return {name: draw(name, *shape) * (0.2 if len(shape) > 1 else 0.3) + (".norm" in name and name.endswith("weight"))
-            for name, shape in shapes.items()}  # fmt: skip
+    one = lambda name: ".norm" in name and name.endswith("weight")
+    scale = lambda shape: 0.2 if len(shape) > 1 else 0.3
+    return {name: draw(name, *shape) * scale(shape) + one(name) for name, shape in shapes.items()}
 
 
 def times(name, *shape):
@@ -43,7 +46,7 @@ def times(name, *shape):
 CASES = {
     "teacher": dict(kind="teacher", call="forward", frames=3),
     "bidirectional": dict(kind="anyflow", call="forward", frames=3),
-    "bidirectional, interval embedding": dict(kind="anyflow", call="forward", frames=3, config=dict(deltatime_type="t-r")),
+    "bidirectional, t - r": dict(kind="anyflow", call="forward", frames=3, config=dict(deltatime_type="t-r")),
     "bidirectional, times by frame": dict(kind="anyflow", call="by frame", frames=4),
     "pipeline": dict(kind="anyflow", call="pipeline", frames=3, steps=3),
     "pipeline, guidance": dict(kind="anyflow", call="pipeline", frames=3, steps=2, guidance=3.0),
@@ -55,7 +58,8 @@ CASES = {
 } | {
     f"causal training, {len(chunks)} chunks{' with clean copy' * clean}": dict(
         kind="causal", call="training", chunks=chunks, clean=clean)
-    for chunks in ((2,), (1, 2), (1, 2, 1), (1, 2, 1, 2), (1, 1, 2, 1, 2), (1, 2, 1, 1, 2, 1)) for clean in (True, False)
+    for chunks in ((2,), (1, 2), (1, 2, 1), (1, 2, 1, 2), (1, 1, 2, 1, 2), (1, 2, 1, 1, 2, 1))
+    for clean in (True, False)
 }  # fmt: skip
 
 
@@ -86,8 +90,8 @@ def ours(case, dtype=torch.float32):
             return model(z[:, start:], *times("training", len(z)), text, clean=clean, chunks=case["chunks"])
         return model(z, *times("training", *z.shape[:2]), text, chunks=case["chunks"])
     guidance, given = case.get("guidance", 1.0), case.get("given", 0)
-    return sample.generate(model, text, z, case["steps"], guidance=guidance, null_text=null if guidance != 1 else None,
-                           context=clean[:, :given] if given else None)  # fmt: skip
+    null, context = null if guidance != 1 else None, clean[:, :given] if given else None
+    return sample.generate(model, text, z, case["steps"], guidance=guidance, null_text=null, context=context)
 
 
 @torch.no_grad()
@@ -115,7 +119,8 @@ def theirs(case, dtype=torch.float32):
             late = torch.arange(z.shape[1]) >= start
             t, r = (late * x[:, None] for x in times("training", len(z)))
             z = torch.cat([clean[:, :start], z[:, start:]], 1)
-            more = dict(clean_hidden_states=clean[:, start:], clean_timestep=torch.zeros(len(z), sum(chunks) - start))
+            clean = clean[:, start:]
+            more = dict(clean_hidden_states=clean, clean_timestep=torch.zeros(clean.shape[:2]))
         return model(z, 1000 * t, 1000 * r, text, chunks, return_dict=False, **more)[0]
     return pipeline(model, case, z, clean, text, null)
 
@@ -129,8 +134,8 @@ def pipeline(model, case, z, clean, text, null):
     pipe.set_progress_bar_config(disable=True)
     pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial = 4, 8
     guidance, given = case.get("guidance", 1.0), case.get("given", 0)
-    out = pipe(prompt_embeds=text, negative_prompt_embeds=null if guidance != 1 else None, guidance_scale=guidance,
-               latents=z.transpose(1, 2), num_frames=4 * z.shape[1] - 3, height=8 * z.shape[3], width=8 * z.shape[4],
-               num_inference_steps=case["steps"], output_type="latent",
-               video_latents=clean[:, :given] if given else None, **case.get("pipe", {}))  # fmt: skip
+    null, context = null if guidance != 1 else None, clean[:, :given] if given else None
+    size = dict(num_frames=4 * z.shape[1] - 3, height=8 * z.shape[3], width=8 * z.shape[4])
+    out = pipe(prompt_embeds=text, negative_prompt_embeds=null, guidance_scale=guidance, video_latents=context,
+               latents=z.transpose(1, 2), num_inference_steps=case["steps"], output_type="latent", **size)
     return out.frames.transpose(1, 2)

@@ -34,7 +34,7 @@ def counted(model):
 
 
 class Exact:
-    """Average velocity of a density's ODE, by fine integration: the flow map that training should find. float64."""
+    """Average velocity of a density's ODE by fine integration, float64: the flow map that training should find."""
 
     def __init__(self, density):
         self.density = density
@@ -251,7 +251,7 @@ def test_flow_map_loss_at_r_equals_t_is_weighted_flow_matching(net):
 
 
 def conditional_pair():
-    """A conditional and an unconditional density, and the average velocity of the GUIDED ODE by fine integration."""
+    """A conditional and an unconditional density; the average velocity of the GUIDED ODE by fine integration."""
     some, every = Mixture([(1, 0), (1, 1), (-2, -1)], 0.3, "gaussian"), mixture()
 
     class Guided:
@@ -270,10 +270,10 @@ def conditional_pair():
 
 
 def test_fused_guidance_has_the_guided_flow_map_as_its_target():
-    """Derived directly: at the exact guided flow map, the target with v_cond for eps - x IS the student's output."""
+    """Derived directly: at the exact guided flow map, with v_cond for eps - x, the target IS the output."""
     some, every, exact, model = conditional_pair()
     z, t, r = draw(6)
-    # noise - x is free, so let it be v_cond(z_t, t), its mean: solve z = (1 - t) x + t eps and eps - x = v_cond.
+    # noise - x is free: let it be v_cond(z_t, t), its mean. Solve z = (1 - t) x + t eps and eps - x = v_cond.
     v = some.velocity(z, t)
     x = z - t[:, None] * v
     loss = anyflow.flow_map_loss(

@@ -2,13 +2,12 @@
 
 import copy
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from reference import CASES, config_of, draw, inputs, ours, theirs, weights
+from reference import CASES, config_of, draw, ours, theirs, weights
 from safetensors.torch import load_file, save_file
 
 import model as M
@@ -44,7 +43,8 @@ def random_case(number):
     config = dict(num_attention_heads=heads, attention_head_dim=dim, num_layers=pick("layers", 1, 3),
                   in_channels=pick("in", 3, 4), cross_attn_norm=pick("norm", True, False))  # fmt: skip
     config["out_channels"] = config["in_channels"]
-    case = dict(kind=kind, number=number, config=config, frames=pick("frames", 1, 3, 5), steps=pick("steps", 1, 2, 4))
+    case = dict(kind=kind, number=number, config=config)
+    case |= dict(frames=pick("frames", 1, 3, 5), steps=pick("steps", 1, 2, 4))
     if kind == "teacher":
         return case | dict(call="forward")
     guided = dict(guidance=3.0) if pick("guidance", True, False) else {}
@@ -134,8 +134,8 @@ def test_compressed_patches_of_a_constant_video_see_what_its_patches_see(tmp_pat
     student = Wan.from_pretrained(tmp_path, kind="causal")
     flat = torch.ones(1, 4, 1, 8, 12)
     small, large = student.patch_embedding, student.far_patch_embedding
-    bias = small.bias[None, :, None, None, None]
-    assert torch.allclose(large(flat)[..., 0, 0] - bias[..., 0, 0], 4 * (small(flat)[..., 0, 0] - bias[..., 0, 0]), atol=1e-4)
+    one, four = (e(flat)[0, :, 0, 0, 0] - e.bias for e in (small, large))
+    assert torch.allclose(four, 4 * one, atol=1e-4), "four times the cells, each with the weight of one"
 
 
 # the causal model
@@ -177,9 +177,10 @@ def test_the_cache_holds_what_encoding_the_whole_history_gives():
     cache = model.new_cache()
     for i in range(6):
         model.extend(cache, clip[:, 2 * i : 2 * i + 2], text)
-        tokens = max(0, i - 1) * 2 * 6, min(2, i + 1) * 2 * 24  # compressed 6 a frame; at most two chunks in full, 24
-        assert cache.compressed == tokens[0] and cache.past[0][0].shape[1] == sum(tokens) and cache.frames == 2 * i + 2
-        # By the training mask: the newest chunks as the clean copies of a window one chunk larger than they are.
+        tokens = max(0, i - 1) * 2 * 6, min(2, i + 1) * 2 * 24  # 6 a compressed frame; two chunks in full, of 24
+        assert cache.compressed == tokens[0] and cache.past[0][0].shape[1] == sum(tokens)
+        assert cache.frames == 2 * i + 2
+        # By the training mask: the newest chunks are the clean copies in a window that is one chunk larger.
         if i >= 1:
             chunks, seen = (2,) * (i + 2), {}
             whole = torch.cat([clip[:, : 2 * i + 2], torch.zeros(1, 2, 4, 8, 12)], 1)
@@ -187,7 +188,7 @@ def test_the_cache_holds_what_encoding_the_whole_history_gives():
                 block.register_forward_hook(lambda b, a, out, n=n: seen.__setitem__(n, out[1]))
             with torch.no_grad():
                 model(whole[:, -6:] if i >= 1 else whole, 0.5, 0.5, text, clean=whole, chunks=chunks)
-            for n, (k, v) in enumerate(cache.past):
+            for n, (k, _) in enumerate(cache.past):
                 wanted = seen[n][0]
                 first, full = tokens
                 clean = wanted[:, -(6 * 24) : -(2 * 24)] if full == 96 else None
@@ -259,7 +260,8 @@ def test_lora_starts_at_the_model_trains_little_and_merges_on_save(tmp_path):
     trained = {name for name, p in lora.named_parameters() if p.requires_grad}
     assert all("lora_" in name or name.startswith("far_patch_embedding") for name in trained)
     per_block = 2 * (4 + 2)  # q, k, v, out of the self-attention and two of the feed-forward
-    assert len([n for n in trained if "lora_" in n]) == per_block * 2 + 2 * 4  # and both linears of both time embedders
+    embedders = 2 * 4  # both linears of both time embedders
+    assert len([n for n in trained if "lora_" in n]) == per_block * 2 + embedders
     for name, p in lora.named_parameters():
         if name.endswith("lora_up"):
             p.data = draw(name, *p.shape) * 0.1
@@ -293,7 +295,8 @@ def rewrite(folder, change):
 
 def shard(folder, names):
     (folder / WEIGHTS).rename(folder / "one.safetensors")
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {n: n + ".safetensors" for n in names}}))
+    index = {"weight_map": {name: name + ".safetensors" for name in names}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(
@@ -344,7 +347,8 @@ def test_bad_call_is_named(message):
         BAD_CALLS[message](build(num_layers=1), draw("z", 1, 3, 4, 8, 12), draw("text", 1, 5, 12))
 
 
-@pytest.mark.parametrize("call", [lambda m: m.new_cache(), lambda m: list(sample.stream(m, None, torch.zeros(1, 1, 4, 8, 8), 1))])
-def test_a_bidirectional_model_has_no_chunks(call):
-    with pytest.raises(ValueError, match="causal model"):
-        call(build("anyflow"))
+def test_a_bidirectional_model_has_no_chunks():
+    model, z = build("anyflow"), torch.zeros(1, 1, 4, 8, 8)
+    for call in (model.new_cache, lambda: list(sample.stream(model, None, z, 1))):
+        with pytest.raises(ValueError, match="causal model"):
+            call()

@@ -4,9 +4,9 @@
     python -m toy.flow2d --density mixture --exact-teacher
     python -m toy.flow2d --fast                # half a minute, the same ordering of methods
 
-Trains a flow-matching teacher, distils it by consistency distillation (the baseline), by forward flow-map training
-(AnyFlow stage 1) and on-policy (stage 2), and measures each at 1, 2, 4, ..., 64 network calls. Every density here is a
-mixture whose velocity is known in closed form, so a path can be held against the exact ODE.
+Trains a flow-matching teacher, distils it by consistency distillation (the baseline), by forward flow-map
+training (AnyFlow stage 1) and on-policy (stage 2), and measures each at 1, 2, 4, ..., 64 network calls. Every
+density here is a mixture whose velocity is known in closed form, so a path can be held against the exact ODE.
 """
 
 import argparse
@@ -37,10 +37,10 @@ METHODS = ["teacher", "consistency", "anyflow-forward", "anyflow"]
 
 
 class Mixture:
-    """Equal-weight mixture of K components in the plane, centred and with unit variance in the mean over both axes.
+    """Equal-weight mixture of K components in the plane, centred, with a variance of one in the mean of both axes.
 
     shape="gaussian": N(centre, size^2). shape="box": uniform on the square centre +- size.
-    Given z_t, the noise of component k has a known posterior, and v(z, t) = E[eps - x | z_t = z] follows from its mean.
+    Given z_t, the noise of component k has a known posterior; v(z, t) = E[eps - x | z_t = z] follows from its mean.
     """
 
     def __init__(self, centres, size, shape):
@@ -57,8 +57,8 @@ class Mixture:
         return centre + self.size * within
 
     def velocity(self, z, t, r=None):
-        """v(z, t) (B, 2) in the precision of z. r is ignored, so this stands wherever a teacher network is asked at (t, t)."""
-        # v = (E[eps | z] - z) / (1 - t), from x = (z - t eps) / (1 - t): 0/0 at t = 1, so stop just short of it.
+        """v(z, t) (B, 2), in the precision of z. It ignores r: it stands wherever a teacher is asked at (t, t)."""
+        # v = (E[eps | z] - z) / (1 - t), from x = (z - t eps) / (1 - t): 0/0 at t = 1, so stop just short of 1.
         t = torch.as_tensor(t, dtype=torch.float64).clamp(1e-6, 1 - 1e-6).expand(len(z))[:, None, None]
         y = z.double()[:, None]  # (B, 1, 2) against components (K, 2)
         if self.shape == "gaussian":
@@ -74,7 +74,7 @@ class Mixture:
         return (((weight * eps).sum(1) - y[:, 0]) / (1 - t[:, 0])).to(z.dtype)
 
     def flow(self, z, grid, substeps=2):
-        """Exact ODE states at every time of a falling grid, from z at grid[0]: (len(grid), B, 2). RK4, float64."""
+        """Exact ODE states at the times of a falling grid, from z at grid[0]: (len(grid), B, 2). RK4, float64."""
         states = [z.double()]
         for start, stop in zip(grid[:-1], grid[1:]):
             y, h = states[-1], (stop - start) / substeps
@@ -90,7 +90,7 @@ class Mixture:
 
 
 def truncated_normal(lo, hi):
-    """Mean, and log of the mass, of a standard normal on [lo, hi]; right far out in the tails and for narrow intervals."""
+    """Mean, and log of the mass, of a standard normal on [lo, hi]; also far out in the tails, also if narrow."""
     flip = lo + hi > 0  # work in the left tail, where log_ndtr keeps its precision
     a, b = torch.where(flip, -hi, lo), torch.where(flip, -lo, hi)
     log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
@@ -126,7 +126,7 @@ DENSITIES = {"checkerboard": checkerboard, "mixture": mixture, "spiral": spiral}
 
 
 class MLP(nn.Module):
-    """u(z, t, r) for points: z (B, 2), t and r (B,) -> (B, 2). Two time embedders with a fixed gate, as in AnyFlow's DiT."""
+    """u(z, t, r) for points z (B, 2), times (B,). Two time embedders and a fixed gate, as in the DiT."""
 
     def __init__(self, width=64, depth=4, gate=0.25):
         super().__init__()
@@ -158,7 +158,7 @@ def fourier(x, frequencies):
 
 
 def fit(stage, model, loss_of, steps, lr, betas=(0.9, 0.999), ema=0.999):
-    """Adam with warm-up and cosine decay on `loss_of(model, progress)`; returns (moving average of the weights, seconds)."""
+    """Adam with cosine decay on `loss_of(model, progress)`. Returns the average of the weights, and seconds."""
     start = time.perf_counter()
     average = copy.deepcopy(model).requires_grad_(False)
     params = list(model.parameters())
@@ -187,13 +187,13 @@ def train(density, methods, steps, batch, exact_teacher):
     def teacher_loss(model, _):
         return anyflow.flow_matching_loss(model, density.sample(batch))
 
-    nets["teacher"], seconds["teacher"] = fit("teacher", MLP(), teacher_loss, steps, 3e-3)
+    nets["teacher"], seconds["teacher"] = fit("teacher", MLP(), teacher_loss, 2 * steps, 3e-3)
     # What the students learn from. Every student starts from the teacher's weights: at r = t it is the teacher.
     velocity = density.velocity if exact_teacher else nets["teacher"]
     student = lambda name="teacher": copy.deepcopy(nets[name]).requires_grad_(True)
 
-    # An error at small t lands on the sample, with no later step to mend it; the losses must not look past it. The
-    # paper's w(t) is made for the data's velocity, whose variance is large there, and does.
+    # An error at small t lands on the sample, with no later step to mend it: the losses must not look past it.
+    # The paper's w(t), made for the data's velocity with its variance, does.
     def flow_map_loss(model, _=None):
         weight = lambda t: 1 / (t + 0.05)
         return anyflow.flow_map_loss(
@@ -218,18 +218,20 @@ def train(density, methods, steps, batch, exact_teacher):
         fake = student()
         fake_optimiser = torch.optim.Adam(fake.parameters(), 3e-4, (0.0, 0.999), fused=True)
 
-        def on_policy_loss(model, _):
+        def on_policy_loss(model, progress):
             grid = anyflow.time_grid(random.choice([1, 2, 4]))
-            x_hat = anyflow.backward_simulation(
-                model, torch.randn(batch, 2), grid, random.randrange(len(grid) - 1)
-            )
-            for _ in range(3):  # the fake score must keep up with the student: three steps to one, four noises a sample
+            k = random.randrange(len(grid) - 1)
+            x_hat = anyflow.backward_simulation(model, torch.randn(batch, 2), grid, k)
+            # The fake score must keep up with the student, or its error becomes the student's drift: three steps
+            # to one, on four noises a sample, with the student's decay of the learning rate.
+            fake_optimiser.param_groups[0]["lr"] = 3e-4 * (1 + math.cos(math.pi * progress)) / 2
+            for _ in range(3):
                 fake_optimiser.zero_grad()
                 anyflow.fake_score_loss(fake, x_hat.repeat(4, 1)).backward()
                 fake_optimiser.step()
-            t = 0.02 + 0.83 * torch.rand(batch)  # near t = 1 its noise would outweigh what it has to say
+            t = 0.02 + 0.83 * torch.rand(batch)  # beyond, that error outweighs what the fake score has to say
             dmd = anyflow.dmd_loss(x_hat, velocity, fake, t=t, per_sample=False)
-            return 2 * dmd + flow_map_loss(model)
+            return 4 * dmd + flow_map_loss(model)
 
         nets["anyflow"], seconds["anyflow"] = fit(
             "anyflow", student("anyflow-forward"), on_policy_loss, max(1, steps // 5), 3e-4, (0.0, 0.999), 0.99
@@ -256,11 +258,11 @@ class Ruler:
         self.floor = self.swd(self.data)  # what as many points of the density itself score
 
     def swd(self, x):
-        """Sliced 2-Wasserstein distance of points (n, 2) to the density: mean over 64 directions, in data units."""
+        """Sliced 2-Wasserstein distance of points (n, 2) to the density, mean of 64 directions, in data units."""
         return ((x @ self.directions).sort(0).values - self.quantiles).square().mean(0).sqrt().mean().item()
 
     def measure(self, method, net):
-        """{"swd", "path_error", "budget_drift"}: a number per NFE; and per NFE the samples, and the traced states."""
+        """Per NFE: {"swd", "path_error", "budget_drift"}, the samples, and the states of the traced points."""
         run = anyflow.consistency_sample if method == "consistency" else anyflow.sample
         options = {"average": False} if method == "teacher" else {}
         scores, states, samples = {"swd": [], "path_error": [], "budget_drift": []}, [], []
@@ -388,7 +390,7 @@ def parse(argv):
     parser.add_argument(
         "--steps",
         type=positive,
-        help="training steps a stage, on-policy a fifth (default 5000; --fast 1000)",
+        help="steps of a student (default 5000; --fast 1000); the teacher has twice, on-policy a fifth",
     )
     parser.add_argument("--batch", type=positive, default=512)
     parser.add_argument("--out", type=Path, default=Path("out/flow2d"))

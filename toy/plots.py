@@ -1,4 +1,4 @@
-"""Figures and animations of the toys. Each function takes plain numbers or arrays and writes one file, whole or not at all."""
+"""Figures and animations of the toys. Each function takes numbers or arrays and writes one file, wholly or not."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,7 @@ plt.rcParams.update(
 
 
 def write(path, save):
-    """Call save(temporary path) and rename: a reader never finds half a file, and an old one stays if this one fails."""
+    """save(temporary path), then rename: nobody finds half a file, and an old one stays if this one fails."""
     path = Path(path)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
@@ -53,7 +53,7 @@ def _budget_axis(axis, nfe):
 
 
 def quality(results, path):
-    """Sliced Wasserstein distance, path error and budget drift against network calls: median line, band over the seeds."""
+    """Wasserstein distance, path error and budget drift against network calls: medians, and a band over seeds."""
     nfe = results["nfe"]
     titles = {
         "swd": "quality\nsliced Wasserstein distance to the data",
@@ -91,7 +91,7 @@ def quality(results, path):
 
 
 def trajectories(exact, states, nfe, path, budgets=(1, 2, 4, 16), count=24):
-    """From the same noise: exact ODE paths (grey) under the states that each method visits. exact: (T, B, 2)."""
+    """From the same noise: the exact ODE paths, (T, B, 2), in grey under the states that each method visits."""
     names = [name for name in ("teacher", "consistency", "anyflow") if name in states]
     figure, axes = plt.subplots(
         len(names), len(budgets), figsize=(2.7 * len(budgets), 2.75 * len(names)), squeeze=False
@@ -128,7 +128,7 @@ def trajectories(exact, states, nfe, path, budgets=(1, 2, 4, 16), count=24):
                 axis.set_title(f"{n} call{'s' * (n > 1)}")
         row[0].set_ylabel(STYLE[name]["label"], fontsize=11)
     figure.suptitle(
-        "white: noise · grey line and ×: the exact ODE path and its end · coloured: the states visited; filled: the sample\n"
+        "white: noise · grey line and ×: exact ODE path and its end · coloured: states visited, last the sample\n"
         "a faithful sampler's filled dots sit on the crosses",
         fontsize=9,
         y=0.99,
@@ -138,7 +138,7 @@ def trajectories(exact, states, nfe, path, budgets=(1, 2, 4, 16), count=24):
 
 
 def sample_grid(target, samples, nfe, path, budgets=(1, 2, 4, 8, 64)):
-    """Samples by method (rows) and network calls (columns), the data beside them. samples: {name: [(B, 2) per nfe]}."""
+    """Samples by method (rows) and network calls (columns), beside the data. samples: {name: [(B, 2) per nfe]}."""
     names = [name for name in STYLE if name in samples]
     figure, axes = plt.subplots(
         len(names), len(budgets) + 1, figsize=(1.85 * (len(budgets) + 1), 1.95 * len(names)), squeeze=False
@@ -164,7 +164,7 @@ def _bare(axis, limit=2.9):
 
 
 def jumping(states, nfe, path, budgets=(1, 2, 4, 16), count=500, frames=30, hold=8):
-    """GIF: noise jumps to data at several budgets, consistency above AnyFlow; a point keeps the colour of its noise."""
+    """GIF: noise jumps to data, consistency above AnyFlow, by budget; a point keeps the colour of its noise."""
     names = [name for name in ("consistency", "anyflow") if name in states]
     figure, axes = plt.subplots(
         len(names), len(budgets), figsize=(2.1 * len(budgets), 2.2 * len(names)), squeeze=False, dpi=70

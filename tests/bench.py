@@ -1,0 +1,221 @@
+"""Speed and memory of this model beside diffusers' in one run, alternating: only ratios need be believed.
+
+    python tests/bench.py                  # forward, training step, causal generation, streaming; CPU or GPU
+    python tests/bench.py --only forward   # one of: forward, memory, generation, stream
+
+Time is the median of --repeats alternations. Memory is the peak of one call in a process of its own, above what
+the weights already hold.
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import sample  # noqa: E402
+from model import CLASSES, Wan, WanConfig  # noqa: E402
+
+BASE = dict(patch_size=(1, 2, 2), num_attention_heads=6, attention_head_dim=64, in_channels=16, out_channels=16,
+            text_dim=256, freq_dim=256, ffn_dim=1536, num_layers=6)  # fmt: skip
+TOKENS = {1280: (5, 32, 32), 5120: (5, 64, 64)}  # frames, height, width of the latents
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pair(kind, **changes):
+    """This project's model and that of diffusers, with the same random weights."""
+    import diffusers
+
+    theirs = getattr(diffusers, CLASSES[kind])(**BASE, **changes).to(DEVICE)
+    config = {key: value for key, value in theirs.config.items() if key[0] != "_"}
+    ours = Wan(WanConfig.from_dict({"_class_name": CLASSES[kind]} | config)).to(DEVICE)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def calls(kind, ours, theirs, size, batch=1):
+    """The same forward of both, as functions without arguments."""
+    z = torch.randn(batch, size[0], 16, *size[1:], device=DEVICE)
+    text = torch.randn(batch, 64, BASE["text_dim"], device=DEVICE)
+    t, r = torch.full((batch,), 0.7, device=DEVICE), torch.full((batch,), 0.3, device=DEVICE)
+    frames = [1000 * x[:, None].expand(z.shape[:2]) for x in (t, r)]
+    return (
+        lambda: ours(z, t, r, text),
+        lambda: theirs(z, *frames, text, return_dict=False)[0],
+    )
+
+
+def inference(call):
+    with torch.no_grad():
+        call()
+
+
+def training(call):
+    call().square().mean().backward()
+
+
+def seconds(function):
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def alternate(functions, repeats):
+    """Median seconds of each, measured in turn, after one call of each to warm up."""
+    for function in functions:
+        function()
+    rows = [[seconds(function) for function in functions] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*rows)]
+
+
+def matmul_rate(size=1536, repeats=5):
+    """FLOP/s of a float32 matrix product of about the network's shapes."""
+    a, b = torch.randn(size, 384, device=DEVICE), torch.randn(384, size, device=DEVICE)
+    return 2 * size * size * 384 / alternate([lambda: a @ b], 10 * repeats)[0]
+
+
+def forward(args):
+    """Forward and training step, against diffusers and the floor: counted FLOPs at the rate of a matrix product."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ours, theirs = pair("anyflow")
+    print(f"{'':32}{'ours':>9}{'diffusers':>11}{'speed':>8}{'floor':>9}{'x floor':>9}")
+    for tokens, size in TOKENS.items():
+        mine, reference = calls("anyflow", ours, theirs, size)
+        for name, run in (("forward", inference), ("training step", training)):
+            with FlopCounterMode(display=False) as counter:
+                run(mine)
+            a, b = alternate([lambda: run(mine), lambda: run(reference)], args.repeats)
+            floor = counter.get_total_flops() / matmul_rate()
+            row = f"{name}, {tokens} tokens"
+            print(f"{row:32}{a:8.3f}s{b:10.3f}s{b / a:7.2f}x{floor:8.3f}s{a / floor:9.2f}")
+
+
+def peak(function):
+    """Peak bytes of one call above what was held before it."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    highest, done = [0], threading.Event()
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def watch():
+        while not done.wait(0.001):
+            highest[0] = max(highest[0], resident())
+
+    before, watcher = resident(), threading.Thread(target=watch)
+    watcher.start()
+    function()
+    done.set()
+    watcher.join()
+    return max(highest[0], resident()) - before
+
+
+def memory(args):
+    """Peak memory of a forward and of a training step, each in a fresh process."""
+    print(f"{'':32}{'ours':>9}{'diffusers':>11}{'ratio':>8}")
+    for tokens in TOKENS:
+        for name in ("forward", "training step"):
+            command = [sys.executable, __file__, "--only", "one", "--tokens", str(tokens), "--name", name]
+            answer = lambda side: subprocess.check_output(command + ["--side", side], text=True).split()[-1]
+            runs = [[int(answer(side)) for side in "01"] for _ in range(3)]
+            a, b = (statistics.median(column) for column in zip(*runs))
+            print(f"{name + f', {tokens} tokens':32}{a / 2**20:6.0f} MB{b / 2**20:8.0f} MB{a / b:8.2f}")
+
+
+def one(args):
+    models = pair("anyflow")
+    both = calls("anyflow", *models, TOKENS[args.tokens])
+    run = inference if args.name == "forward" else training
+    small = calls("anyflow", *models, (1, 4, 4))[args.side]
+    run(small)  # libraries, thread pools and gradients' first allocations are not what is measured
+    print(peak(lambda: run(both[args.side])))
+
+
+def generation(args):
+    """Causal generation, 4 steps a chunk, by `generate` and by AnyFlowFARPipeline."""
+    import diffusers
+
+    ours, theirs = pair("causal")
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=5)
+    pipe = diffusers.AnyFlowFARPipeline(None, None, theirs, None, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial = 4, 8
+    text = torch.randn(1, 64, BASE["text_dim"], device=DEVICE)
+    print(f"{'':32}{'ours':>9}{'diffusers':>11}{'speed':>8}")
+    for chunks, repeats in ((8, 3), (64, 1)):
+        noise = torch.randn(1, chunks, 16, 16, 16, device=DEVICE)
+        mine = lambda: sample.generate(ours, text, noise, 4, chunks=(1,) * chunks)
+        reference = lambda: pipe(
+            prompt_embeds=text, latents=noise.transpose(1, 2), num_frames=4 * chunks - 3, height=128, width=128,
+            num_inference_steps=4, output_type="latent", chunk_partition=[1] * chunks)  # fmt: skip
+        if chunks > 8:  # too long to warm up: the eight chunks before were the warm-up
+            a, b = seconds(mine), seconds(reference)
+        else:
+            a, b = alternate([mine, reference], repeats)
+        print(f"{f'{chunks} chunks of 64 tokens':32}{a:8.2f}s{b:10.2f}s{b / a:7.2f}x")
+
+
+def stream(args):
+    """Time to commit a chunk: incremental, and by encoding the whole history for each, as public code does."""
+    ours, _ = pair("causal")
+    text = torch.randn(1, 64, BASE["text_dim"], device=DEVICE)
+    with torch.no_grad():
+        text = ours.encode_text(text)
+    clip = torch.randn(1, 64, 16, 16, 16, device=DEVICE)
+    cache, commits, histories = ours.new_cache(), [], []
+    for n in range(64):
+        commits.append(seconds(lambda: ours.extend(cache, clip[:, n : n + 1], text)))
+
+        def history():
+            other, past = ours.new_cache(), clip[:, : n + 1]
+            for i in range(n + 1):
+                full = i >= n - 1
+                ours._commit(other, past[:, i : i + 1], i, text, compressed=not full)
+
+        if n % 8 == 7:
+            histories.append((n + 1, seconds(history)))
+    early, late = statistics.median(commits[4:12]), statistics.median(commits[-8:])
+    print(f"commit of chunk 4-11: {1e3 * early:.1f} ms, of chunk 56-63: {1e3 * late:.1f} ms")
+    total, again = sum(commits[-8:]) / 8, histories[-1][1]
+    times = f"incremental {1e3 * total:.1f} ms, whole history {1e3 * again:.1f} ms"
+    print(f"at chunk 64: {times}, {again / total:.1f}x")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", choices=["forward", "memory", "generation", "stream", "one"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--name", help=argparse.SUPPRESS)
+    parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.only != "one":
+        device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU"
+        print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, eager")
+    for section in (forward, memory, generation, stream):
+        if args.only in (None, section.__name__):
+            print(f"\n{section.__doc__}")
+            section(args)
+    if args.only == "one":
+        one(args)
+
+
+if __name__ == "__main__":
+    main()
