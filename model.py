@@ -229,28 +229,31 @@ class Block(nn.Module):
         self.ffn = FeedForward(width, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
-    def forward(self, x, modulation, spans, rope, text, past=None, mask=None, blank=0):
-        """One block on tokens x (B, N, width). Returns x, and its own keys and values.
+    def forward(self, x, modulation, spans, rope, text, past=None, mask=None, blank=0, keep=None):
+        """One block on tokens x (B, N, width), returned in that shape.
 
         modulation: (B, f, 6, width). spans: frames, and tokens a frame, of each group. rope: complex
         (N, head_dim/2). text: keys and values. past: cached keys and values, before x. blank: how many keys and
-        values of zero come after x.
+        values of zero come after x. keep: a list that takes the keys and values of x, for a cache.
         """
         m = (self.scale_shift_table + modulation.float()).unbind(2)  # shift, scale, gate; shift, scale, gate
 
         h = modulate(x, m[0], m[1], spans, self.eps)
         k, v = self.attn1.key_value(h)
-        own = k, v = rotate(k, rope), v
+        k = rotate(k, rope)
+        if keep is not None:
+            keep.append((k, v))
         if past is not None:
             k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
         if blank:
             k, v = (F.pad(y, (0, 0, 0, 0, 0, blank)) for y in (k, v))
         x = gated(x, self.attn1.attend(rotate(self.attn1.query(h), rope), k, v, mask), m[2], spans)
+        del h, k, v
 
         h = norm_float32(self.norm2, x)
         x = x + self.attn2.attend(self.attn2.query(h), *text)
 
-        return gated(x, self.ffn(modulate(x, m[3], m[4], spans, self.eps)), m[5], spans), own
+        return gated(x, self.ffn(modulate(x, m[3], m[4], spans, self.eps)), m[5], spans)
 
 
 def norm_float32(norm, x):
@@ -425,7 +428,7 @@ class Wan(nn.Module):
             groups, noisy = [self._group(z, t, r, cache.frames if cache else 0)], 0
             past = cache.past if cache else None
         blank = -groups[0].tokens.shape[1] % 128 if cache and cache.padding else 0
-        x, e, _ = self._blocks(groups, text, past, mask, blank)
+        x, e = self._blocks(groups, text, past, mask, blank)
 
         spans = [g.span for g in groups]
         x = x.split([f * n for f, n in spans], 1)[noisy]
@@ -478,7 +481,9 @@ class Wan(nn.Module):
     def _commit(self, cache, chunk, start, text, compressed=False):
         zero = chunk.new_zeros(len(chunk), 1, dtype=torch.float32)
         group = self._group(chunk, zero, zero, start, compressed)
-        cache.append(self._blocks([group], text, cache.past)[2])
+        own = []
+        self._blocks([group], text, cache.past, keep=own)
+        cache.append(own)
         cache.compressed += group.tokens.shape[1] * compressed
 
     def _group(self, video, t, r, start, compressed=False):
@@ -500,21 +505,19 @@ class Wan(nn.Module):
                 for i, axis in enumerate(axes)]
         return torch.cat(axes, -1).flatten(0, 2)
 
-    def _blocks(self, groups, text, past=None, mask=None, blank=0):
-        """All blocks over all groups: tokens (B, N, width), e (B, f, width), keys and values of each block."""
+    def _blocks(self, groups, text, past=None, mask=None, blank=0, keep=None):
+        """All blocks over all groups: tokens (B, N, width), and e (B, f, width)."""
         x = torch.cat([g.tokens for g in groups], 1)
         t, r = torch.cat([g.t for g in groups], 1), torch.cat([g.r for g in groups], 1)
         e, modulation = self.condition_embedder.times(t, r)
         rope, spans = torch.cat([g.rope for g in groups]), [g.span for g in groups]
-        own = []
         for i, block in enumerate(self.blocks):
-            inputs = (x, modulation, spans, rope, text[i], past[i] if past else None, mask, blank)
+            inputs = (modulation, spans, rope, text[i], past[i] if past else None, mask, blank, keep)
             if self.checkpointing and torch.is_grad_enabled():
-                x, pair = checkpoint(block, *inputs, use_reentrant=False)
+                x = checkpoint(block, x, *inputs, use_reentrant=False)
             else:
-                x, pair = block(*inputs)
-            own.append(pair)
-        return x, e, own
+                x = block(x, *inputs)
+        return x, e
 
     def _check(self, z, text, chunks, cache):
         c = self.config

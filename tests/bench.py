@@ -1,19 +1,15 @@
 """Speed and memory of this model beside diffusers' in one run, alternating: only ratios need be believed.
 
     python tests/bench.py                  # forward, training step, causal generation, streaming; CPU or GPU
-    python tests/bench.py --only forward   # one of: forward, memory, generation, stream
+    python tests/bench.py --only forward   # or memory, generation, stream
 
-Time is the median of --repeats alternations. Memory is the peak of one call in a process of its own, above what
-the weights already hold.
+Time is the median of --repeats alternations. Memory is the peak of a call's tensors, above what the weights hold.
 """
 
 import argparse
 import platform
-import resource
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -87,6 +83,7 @@ def matmul_rate(size=1536, repeats=5):
 
 def forward(args):
     """Forward and training step, against diffusers and the floor: counted FLOPs at the rate of a matrix product."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     ours, theirs = pair("anyflow")
@@ -94,7 +91,7 @@ def forward(args):
     for tokens, size in TOKENS.items():
         mine, reference = calls("anyflow", ours, theirs, size)
         for name, run in (("forward", inference), ("training step", training)):
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused ones go uncounted
                 run(mine)
             a, b = alternate([lambda: run(mine), lambda: run(reference)], args.repeats)
             floor = counter.get_total_flops() / matmul_rate()
@@ -103,48 +100,28 @@ def forward(args):
 
 
 def peak(function):
-    """Peak bytes of one call above what was held before it."""
+    """Peak bytes that one call allocates for tensors, above what was held before it."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    highest, done = [0], threading.Event()
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    def watch():
-        while not done.wait(0.001):
-            highest[0] = max(highest[0], resident())
-
-    before, watcher = resident(), threading.Thread(target=watch)
-    watcher.start()
-    function()
-    done.set()
-    watcher.join()
-    return max(highest[0], resident()) - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
+    return held.max().item()
 
 
 def memory(args):
-    """Peak memory of a forward and of a training step, each in a fresh process."""
+    """Peak memory of a forward and of a training step."""
+    ours, theirs = pair("anyflow")
     print(f"{'':32}{'ours':>9}{'diffusers':>11}{'ratio':>8}")
-    for tokens in TOKENS:
-        for name in ("forward", "training step"):
-            command = [sys.executable, __file__, "--only", "one", "--tokens", str(tokens), "--name", name]
-            answer = lambda side: subprocess.check_output(command + ["--side", side], text=True).split()[-1]
-            runs = [[int(answer(side)) for side in "01"] for _ in range(3)]
-            a, b = (statistics.median(column) for column in zip(*runs))
-            print(f"{name + f', {tokens} tokens':32}{a / 2**20:6.0f} MB{b / 2**20:8.0f} MB{a / b:8.2f}")
-
-
-def one(args):
-    models = pair("anyflow")
-    both = calls("anyflow", *models, TOKENS[args.tokens])
-    run = inference if args.name == "forward" else training
-    small = calls("anyflow", *models, (1, 4, 4))[args.side]
-    run(small)  # libraries, thread pools and gradients' first allocations are not what is measured
-    print(peak(lambda: run(both[args.side])))
+    for tokens, size in TOKENS.items():
+        for name, run in (("forward", inference), ("training step", training)):
+            a, b = (peak(lambda: run(call)) for call in calls("anyflow", ours, theirs, size))
+            ours.zero_grad(), theirs.zero_grad()
+            print(f"{f'{name}, {tokens} tokens':32}{a / 2**20:6.0f} MB{b / 2**20:8.0f} MB{a / b:8.2f}")
 
 
 def generation(args):
@@ -199,22 +176,16 @@ def stream(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=["forward", "memory", "generation", "stream", "one"])
+    parser.add_argument("--only", choices=["forward", "memory", "generation", "stream"])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--name", help=argparse.SUPPRESS)
-    parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.manual_seed(0)
-    if args.only != "one":
-        device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU"
-        print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, eager")
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU"
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, eager")
     for section in (forward, memory, generation, stream):
         if args.only in (None, section.__name__):
             print(f"\n{section.__doc__}")
             section(args)
-    if args.only == "one":
-        one(args)
 
 
 if __name__ == "__main__":

@@ -84,13 +84,12 @@ def quality(results, path):
     axes[0].set_ylabel("better  ←  data units")
     axes[0].legend(fontsize=8)
     seeds = len(next(iter(results["methods"].values()))["swd"][0])
-    figure.suptitle(
-        f"{results['density']}, {seeds} seed{'s' * (seeds > 1)}: lower is better everywhere", fontsize=11
-    )
+    plural = "s: lines are medians, bands the range" if seeds > 1 else ""
+    figure.suptitle(f"{results['density']}, {seeds} seed{plural}. Lower is better everywhere.", fontsize=11, y=1.06)
     _save(figure, path)
 
 
-def trajectories(exact, states, nfe, path, budgets=(1, 2, 4, 16), count=24):
+def trajectories(exact, states, nfe, path, budgets=(1, 2, 4, 16), count=16):
     """From the same noise: the exact ODE paths, (T, B, 2), in grey under the states that each method visits."""
     names = [name for name in ("teacher", "consistency", "anyflow") if name in states]
     figure, axes = plt.subplots(
@@ -159,8 +158,9 @@ def sample_grid(target, samples, nfe, path, budgets=(1, 2, 4, 8, 64)):
     _save(figure, path)
 
 
-def _bare(axis, limit=2.9):
+def _bare(axis, limit=2.5):
     axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
+    axis.spines[:].set_visible(False)
 
 
 def jumping(states, nfe, path, budgets=(1, 2, 4, 16), count=500, frames=30, hold=8):
