@@ -14,9 +14,9 @@ with t = 1 pure noise, z_t the state at time t, v the instantaneous and u the AV
 
 Shapes: a state is (B, ...): (B, 2) for points, (B, F, C, H, W) for video. A time is a float, (B,) for one per
 sample, or (B, F) for one per frame. A network is called `model(z, t, r, **cond)`, with times as tensors (B,) or
-(B, F), and returns u in the shape of z. Tensors in `cond` have the batch as first dimension; all else is handed
-on as it is. `null` is a dict of what the null prompt changes in `cond`. Random numbers come from torch's global
-generator: `torch.manual_seed` makes every run repeat.
+(B, F), and returns u in the shape of z. Tensors in `cond`, in lists and tuples too, have the batch as first
+dimension; all else is handed on as it is. `null` is a dict of what the null prompt changes in `cond`. Random
+numbers come from torch's global generator: `torch.manual_seed` makes every run repeat.
 """
 import torch
 
@@ -61,6 +61,8 @@ def _times(z, t, r):
         time = time.to(z.device, torch.promote_types(z.dtype, torch.float32))
         out.append(time.expand(len(z)) if time.ndim == 0 else time)
     t, r = out
+    if t.ndim != r.ndim:  # one of each sample, one of each frame
+        t, r = (time[:, None].expand(z.shape[:2]) if time.ndim == 1 else time for time in (t, r))
     if not ((0 <= r) & (r <= t) & (t <= 1)).all():
         raise ValueError(f"times must satisfy 0 <= r <= t <= 1, found t in [{t.min():.4g}, {t.max():.4g}]"
                          f" and r in [{r.min():.4g}, {r.max():.4g}]")
@@ -116,7 +118,7 @@ def sample(model, noise, steps, *, shift=1.0, guidance=1.0, null=None, average=T
     states = [noise]
     for t, r in zip(grid[:-1], grid[1:]):
         z = jump(velocity, states[-1], t, r, **cond)
-        states = states + [z] if path else [z]
+        states = [*states, z] if path else [z]
     return torch.stack(states) if path else states[-1]
 
 
@@ -182,15 +184,16 @@ def time_weight(t, shift=1.0):
 
 @torch.no_grad()
 def central_difference(model, z, v, t, r, eps=0.005, **cond):
-    """du/dt of eq. (3), as z: [u(z + e v, t + e, r) - u(z - e v, t - e, r)] / 2e, error O(e^2), no gradient.
+    """du/dt of eq. (3), as z: [u(z + e v, t + e, r) - u(z - e v, t - e, r)] / 2e, no gradient. Its error is O(e^2).
 
     Forwards are all it needs; a Jacobian-vector product fails in flash attention, flex attention and FSDP2.
-    + and - share one call. t +- e is clamped to [0, 1], and the quotient taken over the gap that is left.
+    + and - share one call. t +- e is clamped to [0, 1] and the quotient taken over the gap that is left: there,
+    the error is O(e).
     """
     t, r = _times(z, t, r)
     later, earlier = (t + eps).clamp(max=1), (t - eps).clamp(min=0)
     both = torch.cat([z + _expand(later - t, z) * v, z + _expand(earlier - t, z) * v]).to(z.dtype)
-    twice = {k: torch.cat([c, c]) if torch.is_tensor(c) else c for k, c in cond.items()}
+    twice = _each_tensor(cond, lambda c: torch.cat([c, c]))
     plus, minus = model(both, torch.cat([later, earlier]), torch.cat([r, r]), **twice).chunk(2)
     return (plus - minus) / _expand(later - earlier, z)
 
@@ -210,6 +213,8 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     """
     if t is None or r is None:
         t, r = time_pairs(len(x), shift, device=x.device)
+    if not guidance > 0:
+        raise ValueError(f"guidance is {guidance}, expected a number above 0")
     noise = torch.randn_like(x) if noise is None else noise
     t, r = _times(x, t, r)
     z = interpolate(x, noise, t)
@@ -228,8 +233,8 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
         target = v.clone()
         off = (t > r).reshape(len(x), -1).any(1)  # where r = t, du/dt is multiplied by zero: do not compute it
         if off.any():
-            sub = {k: c[off] if torch.is_tensor(c) else c for k, c in cond.items()}
-            du = central_difference(model, z[off], v[off], t[off], r[off], eps, **sub)
+            some = _each_tensor(cond, lambda c: c[off])
+            du = central_difference(model, z[off], v[off], t[off], r[off], eps, **some)
             target[off] -= (_expand(t - r, z)[off] * du).to(v.dtype)
 
     # 1/g^2 keeps the unguided scale: (u - (1-g) u_null)/g against (eps - x) - (t-r)/g du/dt, as published.
@@ -237,6 +242,15 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     w = time_weight(t, shift) if weight is None else weight(t)
     loss = (_expand(w, x) * error).flatten(1).mean(1)  # (B,)
     return (_balance(loss, off) if balance else loss).mean()
+
+
+def _each_tensor(cond, function):
+    """cond with function applied to its tensors, at any depth of dicts, lists and tuples."""
+    if isinstance(cond, dict):
+        return {key: _each_tensor(value, function) for key, value in cond.items()}
+    if isinstance(cond, (list, tuple)):
+        return type(cond)(_each_tensor(value, function) for value in cond)
+    return function(cond) if torch.is_tensor(cond) else cond
 
 
 def _balance(loss, off, tiny=1e-5):
@@ -298,7 +312,7 @@ def dmd_loss(x_hat, real, fake, *, t=None, noise=None, shift=1.0, guidance=1.0, 
         x0_real = z - _expand(t, z) * guided(real, z, t, t, guidance, null, **cond)
         x0_fake = z - _expand(t, z) * fake(z, t, t, **cond)
         size = (x_hat - x0_real).abs().flatten(1).mean(1)
-        size = size if per_sample else size.mean().expand(len(size))
+        size = (size if per_sample else size.mean().expand(len(size))).clamp(min=1e-8)
         grad = (x0_fake - x0_real) / _expand(size, z)
     return _squared_error(x_hat, (x_hat - grad).detach()).mean()
 
@@ -333,8 +347,10 @@ def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1
     """|| f(z_t, t) - stopgrad f(z_s, s) ||^2, z_s one Heun step of the teacher below z_t: both on one ODE path.
 
     At s = 0, f(z, 0) = z is exact; from there the truth spreads upwards, step by step. steps: how many of them
-    divide [0, 1]. t: (B,) before the shift, uniform if not given. weight: a function of t, 1 if not given.
+    divide [0, 1]. t: (B,) BEFORE the shift, uniform if not given. weight: a function of t, 1 if not given.
     """
+    if not steps >= 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
     tau = torch.rand(len(x), device=x.device) if t is None else t
     noise = torch.randn_like(x) if noise is None else noise
     t, s = shift_time(tau, shift), shift_time((tau - 1 / steps).clamp(min=0), shift)

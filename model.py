@@ -80,6 +80,8 @@ class WanConfig:
     def from_dict(cls, config, where="config"):
         """From the dict of a diffusers config.json. ValueError for a missing, unknown or unsupported key."""
         kinds = {name: kind for kind, name in CLASSES.items()}
+        if not isinstance(config, dict):
+            raise ValueError(f"{where} holds {type(config).__name__}, expected an object of keys and values")
         name = config.get("_class_name")
         if name not in kinds:
             raise ValueError(f"{where}: _class_name is {name!r}, expected one of {', '.join(kinds)}")
@@ -96,9 +98,17 @@ class WanConfig:
         return cls(kind=kinds[name], **given)
 
     def __post_init__(self):
-        for name in ("patch_size", "compressed_patch_size"):
-            if getattr(self, name)[0] != 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected patches of one frame: (1, h, w)")
+        small, large = self.patch_size, self.compressed_patch_size
+        for name, patch in (("patch_size", small), ("compressed_patch_size", large)):
+            if not isinstance(patch, tuple) or len(patch) != 3 or patch[0] != 1:
+                raise ValueError(f"{name} is {patch!r}, expected patches of one frame, (1, h, w)")
+        if self.kind == "causal" and (large[1] % small[1] or large[2] % small[2]):
+            raise ValueError(f"compressed_patch_size is {large}, expected a multiple of patch_size {small}")
+        if self.deltatime_type not in ("r", "t-r"):
+            raise ValueError(f"deltatime_type is {self.deltatime_type!r}, expected 'r' or 't-r'")
+        for name in ("num_attention_heads", "attention_head_dim", "in_channels", "text_dim", "num_layers"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected an integer of at least 1")
 
     def to_dict(self):
         """The config.json that diffusers reads."""
@@ -389,7 +399,7 @@ class Wan(nn.Module):
         self.checkpointing = False  # recompute the blocks in the backward pass: less memory, a third more time
 
     def forward(self, z, t, r, text, *, clean=None, chunks=None, cache=None):
-        """Average velocity u(z, t, r), in the shape of z.
+        """Average velocity u(z, t, r) of z's frames, or of those in the window where there are `chunks`.
 
         Bidirectional: z is a whole video.
         Causal inference: z is the next chunk, and `cache`, from `new_cache`, holds the earlier ones.
@@ -399,9 +409,9 @@ class Wan(nn.Module):
 
         t, r: float, (B,) or (B, F). text: (B, L, text_dim), or what `encode_text` made of it. Raises ValueError.
         """
-        self._check(z, text, chunks, cache)
+        self._check(z, text, clean, chunks, cache)
         text = self.encode_text(text) if torch.is_tensor(text) else text
-        t, r = as_times(t, z, "t"), as_times(r, z, "r")
+        t, r = torch.broadcast_tensors(as_times(t, z, "t"), as_times(r, z, "r"))
         mask, past = None, None
         if chunks is not None:
             window = min(len(chunks), self.config.full_chunk_limit)
@@ -441,6 +451,8 @@ class Wan(nn.Module):
 
     def encode_text(self, text):
         """(B, L, text_dim) -> keys and values of all cross-attentions: once for a prompt, not once for a step."""
+        if text.ndim != 3 or text.shape[2] != self.config.text_dim:
+            raise ValueError(f"text has shape {tuple(text.shape)}, expected (B, L, {self.config.text_dim})")
         text = self.condition_embedder.text_embedder(text.to(self.proj_out.weight.dtype))
         return [block.attn2.key_value(text) for block in self.blocks]
 
@@ -463,7 +475,7 @@ class Wan(nn.Module):
     @torch.no_grad()
     def extend(self, cache, chunk, text):
         """Commit a finished chunk (B, f, C, H, W): encode it at t = r = 0 and add it to the cache, in place."""
-        self._check(chunk, text, None, cache)
+        self._check(chunk, text, None, None, cache)
         text = self.encode_text(text) if torch.is_tensor(text) else text
         cache.window.append(chunk)
         cache.frames += chunk.shape[1]
@@ -519,8 +531,10 @@ class Wan(nn.Module):
                 x = block(x, *inputs)
         return x, e
 
-    def _check(self, z, text, chunks, cache):
+    def _check(self, z, text, clean, chunks, cache):
         c = self.config
+        if (clean is not None and chunks is None) or (chunks is not None and cache is not None):
+            raise ValueError("expected `clean` only with `chunks`, and `chunks` (training) or `cache` (inference)")
         if (chunks is not None or cache is not None) and c.kind != "causal":
             raise ValueError(f"chunks and cache need a causal model, found kind {c.kind!r}")
         if z.ndim != 5 or z.shape[2] != c.in_channels:
@@ -529,8 +543,9 @@ class Wan(nn.Module):
         if z.shape[3] % patch[1] or z.shape[4] % patch[2]:
             found, wanted = f"{z.shape[3]} x {z.shape[4]}", f"{patch[1]} x {patch[2]}"
             raise ValueError(f"height and width are {found}, expected multiples of {wanted}")
-        if torch.is_tensor(text) and (text.ndim != 3 or text.shape[2] != c.text_dim or len(text) != len(z)):
-            raise ValueError(f"text has shape {tuple(text.shape)}, expected ({len(z)}, L, {c.text_dim})")
+        batch = len(text if torch.is_tensor(text) else text[0][0])
+        if batch != len(z):
+            raise ValueError(f"text has a batch of {batch}, expected {len(z)} as the video")
 
     # Folders in the layout of diffusers: config.json and safetensors, whole or in shards with an index.
 
@@ -539,8 +554,8 @@ class Wan(nn.Module):
         """Load a folder, or its subfolder `transformer`.
 
         kind: "anyflow" or "causal" to start a student from a teacher (or a causal model from a bidirectional one);
-        at r = t it then computes what the folder's model does. Everything is checked before anything is built:
-        ValueError names the file, what it has and what it lacks.
+        at r = t, on a whole video, it computes what the folder's model does. Returns a whole model or raises
+        ValueError, which names the file, what it has and what it lacks.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -579,6 +594,7 @@ class Wan(nn.Module):
         save_file(state, folder / f".{WEIGHTS}.part", metadata={"format": "pt"})
         (folder / ".config.json.part").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         os.replace(folder / f".{WEIGHTS}.part", folder / WEIGHTS)
+        (folder / f"{WEIGHTS}.index.json").unlink(missing_ok=True)  # of shards that were here before
         os.replace(folder / ".config.json.part", folder / "config.json")
 
 
@@ -626,7 +642,12 @@ def read_json(path):
 def read_weights(folder):
     """{name: tensor} of a folder's safetensors, one file or the shards that its index lists."""
     index = folder / f"{WEIGHTS}.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
+    names = [WEIGHTS]
+    if index.exists():
+        listed = read_json(index)
+        if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
+            raise ValueError(f"{index} has no weight_map")
+        names = sorted(set(listed["weight_map"].values()))
     state = {}
     for name in names:
         if not (folder / name).exists():
@@ -670,6 +691,8 @@ def add_lora(model, rank, alpha, pattern=LORA):
     """Freeze the model and give a LoRA to every linear whose name matches; a causal model's compressed patch
     embedding stays trainable as a whole. Returns the model. ValueError where nothing matches."""
     chosen = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(pattern, name)]
+    if any(isinstance(linear, LoRALinear) for linear in chosen):
+        raise ValueError("the model has a LoRA already, expected one without: save and load it to merge")
     if not chosen or rank < 1:
         raise ValueError(f"LoRA has rank {rank} and matches {len(chosen)} linears, expected at least 1 of each")
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Text, image or video in, video out: any number of steps, whole clips or streamed chunk by chunk.
+"""Prompt embeddings and given frames in, a video out, in latents: any number of steps, whole or chunk by chunk.
 
     python sample.py --model FOLDER --text prompt.safetensors --steps 4 --out out/clip.safetensors
 
@@ -21,7 +21,7 @@ from model import Wan
 
 
 def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None):
-    """Latents (B, F, C, H, W) from noise of that shape, in `steps` network calls (a causal model: per chunk).
+    """Latents (B, F, C, H, W) from noise of that shape in `steps` jumps, of a causal model for each chunk.
 
     text: (B, L, text_dim). guidance: for teachers; needs null_text, as text. context: given first frames
     (B, f, C, H, W), returned unchanged. chunks: see `stream`. Raises ValueError.
@@ -36,7 +36,7 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
         noise = torch.cat([context.to(noise.dtype), noise[:, given:]], 1)
 
     def held(z, t, r, text):
-        """The model with the given frames held: they are at t = 0 and do not move; r is left as it is."""
+        """The model with the given frames held: at t = 0 (with the others' r, as published), and not moving."""
         if not given:
             return model(z, t, r, text)
         frame = torch.arange(z.shape[1], device=z.device)
@@ -62,7 +62,7 @@ def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None
         raise ValueError(f"streaming needs a causal model, found kind {model.config.kind!r}")
     chunks = partition(noise.shape[1], model.config.chunk_partition) if chunks is None else tuple(chunks)
     if sum(chunks) != noise.shape[1] or min(chunks) < 1:
-        raise ValueError(f"chunks {chunks} are {sum(chunks)} frames, but the noise has {noise.shape[1]}")
+        raise ValueError(f"chunks are {chunks}, expected numbers above 0 that sum to the {noise.shape[1]} frames")
     given = check_context(context, noise)
     ends = [sum(chunks[: i + 1]) for i in range(len(chunks))]
     if given and given not in ends:
@@ -114,7 +114,7 @@ def check_context(context, noise):
 
 def read_tensors(path, *names):
     """The tensors of a safetensors file; ValueError names the file and what of `names` it lacks."""
-    if not Path(path).exists():
+    if not Path(path).is_file():
         raise ValueError(f"no file {path}")
     try:
         tensors = load_file(path)
@@ -127,49 +127,68 @@ def read_tensors(path, *names):
 
 
 def run(args):
-    model = Wan.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device).eval()
+    part = args.out.with_name(f".{args.out.name}.part")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()  # an unwritable place is found before the work, not after it
+    try:
+        save_file({"latents": make(args).float().cpu().contiguous()}, part)
+        os.replace(part, args.out)
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"latents in {args.out}")
+
+
+def make(args):
+    model = Wan.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     prompt = read_tensors(args.text, "text")
     text, null_text = (x if x is None else x.to(args.device) for x in (prompt["text"], prompt.get("null_text")))
     context = read_tensors(args.context, "latents")["latents"].to(args.device) if args.context else None
     torch.manual_seed(args.seed)
     shape = len(text), args.frames, model.config.in_channels, args.height, args.width
     noise = torch.randn(shape).to(args.device)  # drawn on the CPU: the same video on every device
-    options = dict(shift=args.shift, guidance=args.guidance, null_text=null_text, context=context)
-    options |= dict(chunks=args.chunks)
+    options = dict(shift=args.shift, guidance=args.guidance, null_text=null_text)
+    options |= dict(context=context, chunks=args.chunks)
     if model.config.kind == "causal":
         parts, bar = [], tqdm(total=args.frames, unit="frame", disable=None)
         for chunk in stream(model, text, noise, args.steps, **options):
             parts.append(chunk)
             bar.update(chunk.shape[1])
         bar.close()
-        latents = torch.cat([part.to(noise.dtype) for part in parts], 1)
-    else:
-        latents = generate(model, text, noise, args.steps, **options)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = args.out.with_name(f".{args.out.name}.part")
-    save_file({"latents": latents.float().cpu().contiguous()}, part)
-    os.replace(part, args.out)
-    print(f"latents {tuple(latents.shape)} in {args.out}")
+        return torch.cat([part.to(noise.dtype) for part in parts], 1)
+    return generate(model, text, noise, args.steps, **options)
+
+
+def positive(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
+    return int(text)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True, help="folder in the layout of diffusers")
-    parser.add_argument("--text", required=True, help="safetensors: `text` (B, L, text_dim), for guidance `null_text`")
+    parser.add_argument("--text", required=True, help="safetensors: `text` (B, L, text_dim), perhaps `null_text`")
     parser.add_argument("--context", help="safetensors with `latents` (B, f, C, H, W): the given first frames")
     parser.add_argument("--out", type=Path, default=Path("out/latents.safetensors"))
-    parser.add_argument("--steps", type=int, default=4, help="network calls, of a causal model for each chunk")
-    parser.add_argument("--frames", type=int, default=21, help="latent frames: 21 are 81 in pixels")
-    parser.add_argument("--height", type=int, default=60, help="of the latents: 60 are 480 pixels")
-    parser.add_argument("--width", type=int, default=104, help="of the latents: 104 are 832 pixels")
-    parser.add_argument("--chunks", type=int, nargs="+", help="frames of each, if not the model's own")
+    parser.add_argument("--steps", type=positive, default=4, help="network calls, of a causal model for each chunk")
+    parser.add_argument("--frames", type=positive, default=21, help="latent frames: 21 are 81 in pixels")
+    parser.add_argument("--height", type=positive, default=60, help="of the latents: 60 are 480 pixels")
+    parser.add_argument("--width", type=positive, default=104, help="of the latents: 104 are 832 pixels")
+    parser.add_argument("--chunks", type=positive, nargs="+", help="frames of each, if not the model's own")
     parser.add_argument("--shift", type=float, default=5.0)
     parser.add_argument("--guidance", type=float, default=1.0, help="for teachers; students have it built in")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if not args.out.name or args.out.is_dir():
+        parser.error(f"--out {args.out} is a folder, expected a file")
     try:
-        run(parser.parse_args(argv))
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    try:
+        run(args)
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
 

@@ -328,6 +328,18 @@ def test_fused_guidance_is_the_published_form():
     )
 
 
+def test_prompts_stay_with_their_samples_in_a_list_too():
+    def model(z, t, r, prompt):
+        return prompted(z, t, r, prompt[0] if isinstance(prompt, list) else prompt)
+
+    x, noise = torch.randn(2, 8, 2, dtype=torch.float64)
+    _, t, r = draw(8)
+    r[::2] = t[::2]
+    prompt = torch.randn(8, 1, dtype=torch.float64)
+    one, other = (anyflow.flow_map_loss(model, x, t=t, r=r, noise=noise, prompt=p) for p in (prompt, [prompt]))
+    assert torch.equal(one, other)
+
+
 def test_balance_gives_every_jump_the_size_of_the_diffusion_losses():
     loss = torch.tensor([1.0, 3.0, 10.0, 0.1], requires_grad=True)
     off = torch.tensor([False, False, True, True])
@@ -505,6 +517,8 @@ def test_the_same_seed_gives_the_same_losses(net):
         (lambda: anyflow.jump(video_net, torch.zeros(2, 2), torch.zeros(3), 0.0), "shape (3,)"),
         (lambda: anyflow.interpolate(torch.zeros(2, 2), torch.zeros(2, 2), -0.1), "times must satisfy"),
         (lambda: anyflow.sample(video_net, torch.zeros(2, 2), 0), "steps is 0"),
+        (lambda: anyflow.flow_map_loss(video_net, torch.zeros(2, 2), guidance=0.0), "guidance is 0"),
+        (lambda: anyflow.consistency_loss(video_net, video_net, torch.zeros(2, 2), steps=0), "steps is 0"),
         (lambda: anyflow.sample(video_net, torch.zeros(2, 2), 2, guidance=3.0), "null"),
         (lambda: anyflow.flow_map_loss(video_net, torch.zeros(2, 2), guidance=3.0), "null"),
         (

@@ -117,6 +117,20 @@ def test_folders_travel_both_ways(tmp_path):
 # students
 
 
+def test_saving_over_shards_leaves_no_old_weights(folder):
+    shard(folder, ["one"])
+    model = Wan.from_pretrained(folder)
+    model.proj_out.bias.data.fill_(7)
+    model.save_pretrained(folder)
+    assert (Wan.from_pretrained(folder).proj_out.bias == 7).all()
+
+
+def test_a_time_of_each_frame_meets_one_of_each_sample():
+    model, z, text = build(), draw("z", 2, 3, 4, 8, 12), draw("text", 2, 5, 12)
+    t, frames = torch.tensor([0.9, 0.4]), torch.full((2, 3), 0.1)
+    assert torch.allclose(model(z, t, frames, text), model(z, t, 0.1, text), atol=1e-5)
+
+
 def test_student_is_its_teacher_where_r_equals_t(tmp_path):
     teacher = build("teacher")
     teacher.save_pretrained(tmp_path)
@@ -310,6 +324,10 @@ def shard(folder, names):
         (lambda f: edit(f, ffn_dim="delete"), "missing key ffn_dim"),
         (lambda f: edit(f, image_dim=1280), "image_dim is 1280"),
         (lambda f: edit(f, ffn_dim=64), "has shape"),
+        (lambda f: edit(f, patch_size=2), "patch_size is 2"),
+        (lambda f: edit(f, deltatime_type="dt"), "deltatime_type is 'dt'"),
+        (lambda f: (f / "config.json").write_text("[]"), "holds list"),
+        (lambda f: (f / f"{WEIGHTS}.index.json").write_text("{}"), "has no weight_map"),
         (lambda f: (f / WEIGHTS).unlink(), f"no file .*{WEIGHTS}"),
         (lambda f: (f / WEIGHTS).write_text("weights"), "is no safetensors file"),
         (lambda f: shard(f, ["one", "two"]), "no file .*two.safetensors, which .*index.json lists"),
@@ -338,6 +356,11 @@ BAD_CALLS = {
     "steps is 0": lambda m, z, x: sample.generate(m, x, z, 0),
     "needs the null prompt": lambda m, z, x: sample.generate(m, x, z, 1, guidance=2.0),
     "rank 0": lambda m, z, x: M.add_lora(m, 0, 1),
+    "has a LoRA already": lambda m, z, x: M.add_lora(M.add_lora(m, 1, 1), 1, 1),
+    "only with `chunks`": lambda m, z, x: m(z, 0.5, 0.1, x, clean=z),
+    "or `cache`": lambda m, z, x: m(z, 0.5, 0.1, x, chunks=(1, 2), cache=m.new_cache()),
+    "batch of 2": lambda m, z, x: m(z, 0.5, 0.1, torch.cat([x, x])),
+    "text has shape .1, 5, 3.": lambda m, z, x: sample.generate(m, x[..., :3], z, 1, chunks=(3,)),
 }
 
 

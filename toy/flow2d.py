@@ -189,8 +189,9 @@ def train(density, methods, steps, batch, exact_teacher):
 
     nets["teacher"], seconds["teacher"] = fit("teacher", MLP(), teacher_loss, 2 * steps, 3e-3)
     # What the students learn from. Every student starts from the teacher's weights: at r = t it is the teacher.
-    velocity = density.velocity if exact_teacher else nets["teacher"]
-    student = lambda name="teacher": copy.deepcopy(nets[name]).requires_grad_(True)
+    trained = nets["teacher"]
+    velocity = nets["teacher"] = density.velocity if exact_teacher else trained
+    student = lambda net=trained: copy.deepcopy(net).requires_grad_(True)
 
     # An error at small t lands on the sample, with no later step to mend it: the losses must not look past it.
     # The paper's w(t), made for the data's velocity with its variance, does.
@@ -233,8 +234,9 @@ def train(density, methods, steps, batch, exact_teacher):
             dmd = anyflow.dmd_loss(x_hat, velocity, fake, t=t, per_sample=False)
             return 4 * dmd + flow_map_loss(model)
 
+        forward, few = student(nets["anyflow-forward"]), max(1, steps // 5)
         nets["anyflow"], seconds["anyflow"] = fit(
-            "anyflow", student("anyflow-forward"), on_policy_loss, max(1, steps // 5), 3e-4, (0.0, 0.999), 0.99
+            "anyflow", forward, on_policy_loss, few, 3e-4, (0.0, 0.999), 0.99
         )
     return nets, seconds
 
@@ -378,7 +380,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m toy.flow2d", description=__doc__.split("\n\n")[0])
     parser.add_argument("--density", choices=DENSITIES, default="checkerboard")
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=METHODS, help="the teacher is always trained"
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="teacher is always one"
     )
     parser.add_argument(
         "--exact-teacher", action="store_true", help="distil the closed-form velocity, not the trained one"
@@ -410,7 +412,8 @@ def main(argv=None):
     start = time.perf_counter()
     density = DENSITIES[args.density]()
     steps, points = (args.steps or 1000, 10000) if args.fast else (args.steps or 5000, 50000)
-    results = {"density": args.density, "nfe": NFE, "floor": 0.0, "methods": {}}
+    options = {"steps": steps, "batch": args.batch, "seed": args.seed, "exact_teacher": args.exact_teacher}
+    results = {"density": args.density, "options": options, "nfe": NFE, "floor": 0.0, "methods": {}}
     floors, seconds = [], {}
     for seed in range(args.seed, args.seed + args.seeds):
         torch.manual_seed(seed)
@@ -445,6 +448,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped; the figures and results of finished seeds are in place")
+        sys.exit("stopped; figures and results of the seeds that had finished are in place")
     except FloatingPointError as error:
         sys.exit(f"stopped: {error}")

@@ -165,7 +165,7 @@ def _bare(axis, limit=2.5):
 
 def jumping(states, nfe, path, budgets=(1, 2, 4, 16), count=500, frames=30, hold=8):
     """GIF: noise jumps to data, consistency above AnyFlow, by budget; a point keeps the colour of its noise."""
-    names = [name for name in ("consistency", "anyflow") if name in states]
+    names = [name for name in ("consistency", "anyflow") if name in states] or list(states)
     figure, axes = plt.subplots(
         len(names), len(budgets), figsize=(2.1 * len(budgets), 2.2 * len(names)), squeeze=False, dpi=70
     )
