@@ -211,7 +211,9 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     t, r, noise: drawn by `time_pairs` and from the normal if not given. weight: a function of t (B,), if not
     given `time_weight`. balance: see `_balance`.
     """
-    if t is None or r is None:
+    if (t is None) != (r is None):
+        raise ValueError(f"found only {'t' if r is None else 'r'}, expected both t and r or neither")
+    if t is None:
         t, r = time_pairs(len(x), shift, device=x.device)
     if not guidance > 0:
         raise ValueError(f"guidance is {guidance}, expected a number above 0")

@@ -20,15 +20,16 @@ import anyflow
 from model import Wan
 
 
-def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None):
+def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None,
+             padding=True):  # fmt: skip
     """Latents (B, F, C, H, W) from noise of that shape in `steps` jumps, of a causal model for each chunk.
 
     text: (B, L, text_dim). guidance: for teachers; needs null_text, as text. context: given first frames
-    (B, f, C, H, W), returned unchanged. chunks: see `stream`. Raises ValueError.
+    (B, f, C, H, W), returned unchanged. chunks, padding: see `stream`. Raises ValueError.
     """
     if model.config.kind == "causal":
-        options = dict(shift=shift, guidance=guidance, null_text=null_text, context=context, chunks=chunks)
-        return torch.cat([*stream(model, text, noise, steps, **options)], 1)
+        given = dict(null_text=null_text, context=context, chunks=chunks, padding=padding)
+        return torch.cat([*stream(model, text, noise, steps, shift=shift, guidance=guidance, **given)], 1)
     if chunks is not None:
         raise ValueError(f"chunks need a causal model, found kind {model.config.kind!r}")
     given = check_context(context, noise)
@@ -53,10 +54,12 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
     )
 
 
-def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None):
+def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None,
+           padding=True):  # fmt: skip
     """The chunks (B, f, C, H, W) of a causal model one by one, given ones first: arguments as of `generate`.
 
     chunks: frames of each, as many as one likes; not given, the model's own partition as far as noise reaches.
+    padding: see `Wan.new_cache`; True for published weights.
     """
     if model.config.kind != "causal":
         raise ValueError(f"streaming needs a causal model, found kind {model.config.kind!r}")
@@ -71,7 +74,7 @@ def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None
     with torch.no_grad():
         prompts = [text, null_text] if guidance != 1 and null_text is not None else [text]
         # The null prompt has a cache of its own: the past, too, is encoded with the prompt.
-        branches = [(model.new_cache(), model.encode_text(prompt)) for prompt in prompts]
+        branches = [(model.new_cache(padding), model.encode_text(prompt)) for prompt in prompts]
     cond, *nulls = (dict(cache=cache, text=prompt) for cache, prompt in branches)
     for end, size in zip(ends, chunks):
         if end <= given:

@@ -518,6 +518,7 @@ def test_the_same_seed_gives_the_same_losses(net):
         (lambda: anyflow.interpolate(torch.zeros(2, 2), torch.zeros(2, 2), -0.1), "times must satisfy"),
         (lambda: anyflow.sample(video_net, torch.zeros(2, 2), 0), "steps is 0"),
         (lambda: anyflow.flow_map_loss(video_net, torch.zeros(2, 2), guidance=0.0), "guidance is 0"),
+        (lambda: anyflow.flow_map_loss(video_net, torch.zeros(2, 2), t=0.5), "found only t"),
         (lambda: anyflow.consistency_loss(video_net, video_net, torch.zeros(2, 2), steps=0), "steps is 0"),
         (lambda: anyflow.sample(video_net, torch.zeros(2, 2), 2, guidance=3.0), "null"),
         (lambda: anyflow.flow_map_loss(video_net, torch.zeros(2, 2), guidance=3.0), "null"),
