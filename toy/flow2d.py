@@ -131,9 +131,8 @@ class MLP(nn.Module):
     def __init__(self, width=64, depth=4, gate=0.25):
         super().__init__()
         self.gate = gate
-        self.register_buffer(
-            "space", torch.tensor([1.0, 2.0, 4.0]) * 0.9
-        )  # sharp edges need high frequencies in z
+        # Sharp edges need high frequencies in z.
+        self.register_buffer("space", torch.tensor([1.0, 2.0, 4.0]) * 0.9)
         self.register_buffer("time", torch.tensor([0.5, 1.0, 2.0, 4.0]) * math.pi)
         self.embed_t, self.embed_r = (
             nn.Sequential(nn.Linear(9, 64), nn.SiLU(), nn.Linear(64, width)) for _ in range(2)
