@@ -234,10 +234,12 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
 
         target = v.clone()
         off = (t > r).reshape(len(x), -1).any(1)  # where r = t, du/dt is multiplied by zero: do not compute it
-        if off.any():
-            some = _each_tensor(cond, lambda c: c[off])
-            du = central_difference(model, z[off], v[off], t[off], r[off], eps, **some)
-            target[off] -= (_expand(t - r, z)[off] * du).to(v.dtype)
+        if _over_processes(off.sum()) > 0:
+            # Sharded processes must call the network equally often: one that has no such sample takes its first.
+            i = off.nonzero()[:, 0] if off.any() else torch.zeros(1, dtype=torch.long, device=off.device)
+            some = _each_tensor(cond, lambda c: c[i])
+            du = central_difference(model, z[i], v[i], t[i], r[i], eps, **some)
+            target[i] -= (_expand(t - r, z)[i] * du).to(v.dtype)
 
     # 1/g^2 keeps the unguided scale: (u - (1-g) u_null)/g against (eps - x) - (t-r)/g du/dt, as published.
     error = _squared_error(u, target) / guidance ** 2
@@ -261,11 +263,21 @@ def _balance(loss, off, tiny=1e-5):
     Jumps have errors of another size than velocities, and this keeps both in view. It wants samples of many
     numbers (over the two coordinates of a point, 1/l is noise), and the data's velocity, whose variance keeps
     the mean above zero: a student that starts as the teacher in its own target has no error at r = t at all.
-    Without a sample at r = t, nothing is rescaled.
+    The mean is over all processes; without a sample at r = t, nothing is rescaled.
     """
-    if not off.any() or off.all():
+    on = (~off).to(loss.dtype)
+    total, count = _over_processes(torch.stack([(on * loss.detach()).sum(), on.sum()]))
+    if count == 0:
         return loss
-    return torch.where(off, loss * loss[~off].detach().mean() / (loss.detach() + tiny), loss)
+    return torch.where(off, loss * total / count / (loss.detach() + tiny), loss)
+
+
+def _over_processes(x):
+    """The sum of x over all processes, where there are several: the batch is what they hold together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+    return x
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -314,7 +326,9 @@ def dmd_loss(x_hat, real, fake, *, t=None, noise=None, shift=1.0, guidance=1.0, 
         x0_real = z - _expand(t, z) * guided(real, z, t, t, guidance, null, **cond)
         x0_fake = z - _expand(t, z) * fake(z, t, t, **cond)
         size = (x_hat - x0_real).abs().flatten(1).mean(1)
-        size = (size if per_sample else size.mean().expand(len(size))).clamp(min=1e-8)
+        if not per_sample:
+            size = (_over_processes(size.sum()) / _over_processes(size.new_tensor(len(size)))).expand(len(size))
+        size = size.clamp(min=1e-8)
         grad = (x0_fake - x0_real) / _expand(size, z)
     return _squared_error(x_hat, (x_hat - grad).detach()).mean()
 

@@ -124,8 +124,8 @@ class WanConfig:
 PRESETS = {
     "wan-1.3b": WanConfig(),
     "wan-14b": WanConfig(num_attention_heads=40, ffn_dim=13824, num_layers=40),
-    "tiny": WanConfig(patch_size=(1, 4, 4), compressed_patch_size=(1, 8, 8), num_attention_heads=4,
-                      attention_head_dim=24, in_channels=3, out_channels=3, text_dim=32, freq_dim=64, ffn_dim=256,
+    "tiny": WanConfig(patch_size=(1, 4, 4), compressed_patch_size=(1, 8, 8), num_attention_heads=3,
+                      attention_head_dim=24, in_channels=3, out_channels=3, text_dim=32, freq_dim=64, ffn_dim=144,
                       num_layers=4),
 }  # fmt: skip
 
@@ -243,8 +243,8 @@ class Block(nn.Module):
         """One block on tokens x (B, N, width), returned in that shape.
 
         modulation: (B, f, 6, width). spans: frames, and tokens a frame, of each group. rope: complex
-        (N, head_dim/2). text: keys and values. past: cached keys and values, before x. blank: how many keys and
-        values of zero come after x. keep: a list that takes the keys and values of x, for a cache.
+        (N, head_dim/2). text: embedded (B, L, width), or its keys and values. past: cached keys and values, before
+        x. blank: how many keys and values of zero come after x. keep: a list that takes those of x, for a cache.
         """
         m = (self.scale_shift_table + modulation.float()).unbind(2)  # shift, scale, gate; shift, scale, gate
 
@@ -261,6 +261,7 @@ class Block(nn.Module):
         del h, k, v
 
         h = norm_float32(self.norm2, x)
+        text = self.attn2.key_value(text) if torch.is_tensor(text) else text
         x = x + self.attn2.attend(self.attn2.query(h), *text)
 
         return gated(x, self.ffn(modulate(x, m[3], m[4], spans, self.eps)), m[5], spans)
@@ -410,7 +411,7 @@ class Wan(nn.Module):
         t, r: float, (B,) or (B, F). text: (B, L, text_dim), or what `encode_text` made of it. Raises ValueError.
         """
         self._check(z, text, clean, chunks, cache)
-        text = self.encode_text(text) if torch.is_tensor(text) else text
+        text = self.embed_text(text) if torch.is_tensor(text) else text
         t, r = torch.broadcast_tensors(as_times(t, z, "t"), as_times(r, z, "r"))
         mask, past = None, None
         if chunks is not None:
@@ -449,11 +450,15 @@ class Wan(nn.Module):
         h, w = z.shape[3] // p, z.shape[4] // q
         return rearrange(x, "b (f h w) (p q c) -> b f c (h p) (w q)", h=h, w=w, p=p, q=q)
 
-    def encode_text(self, text):
-        """(B, L, text_dim) -> keys and values of all cross-attentions: once for a prompt, not once for a step."""
+    def embed_text(self, text):
+        """(B, L, text_dim) -> (B, L, width)."""
         if text.ndim != 3 or text.shape[2] != self.config.text_dim:
             raise ValueError(f"text has shape {tuple(text.shape)}, expected (B, L, {self.config.text_dim})")
-        text = self.condition_embedder.text_embedder(text.to(self.proj_out.weight.dtype))
+        return self.condition_embedder.text_embedder(text.to(self.proj_out.weight.dtype))
+
+    def encode_text(self, text):
+        """(B, L, text_dim) -> keys and values of all cross-attentions: once for a prompt, not once for a step."""
+        text = self.embed_text(text)
         return [block.attn2.key_value(text) for block in self.blocks]
 
     # Causal inference. A compressed token sees only compressed tokens up to its own chunk, so what the cache holds
@@ -476,7 +481,7 @@ class Wan(nn.Module):
     def extend(self, cache, chunk, text):
         """Commit a finished chunk (B, f, C, H, W): encode it at t = r = 0 and add it to the cache, in place."""
         self._check(chunk, text, None, None, cache)
-        text = self.encode_text(text) if torch.is_tensor(text) else text
+        text = self.embed_text(text) if torch.is_tensor(text) else text
         cache.window.append(chunk)
         cache.frames += chunk.shape[1]
         new = cache.window[-1:]
@@ -524,7 +529,8 @@ class Wan(nn.Module):
         e, modulation = self.condition_embedder.times(t, r)
         rope, spans = torch.cat([g.rope for g in groups]), [g.span for g in groups]
         for i, block in enumerate(self.blocks):
-            inputs = (modulation, spans, rope, text[i], past[i] if past else None, mask, blank, keep)
+            prompt = text if torch.is_tensor(text) else text[i]
+            inputs = (modulation, spans, rope, prompt, past[i] if past else None, mask, blank, keep)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, *inputs, use_reentrant=False)
             else:
@@ -550,12 +556,13 @@ class Wan(nn.Module):
     # Folders in the layout of diffusers: config.json and safetensors, whole or in shards with an index.
 
     @classmethod
-    def from_pretrained(cls, folder, kind=None, dtype=None, device="cpu"):
+    def from_pretrained(cls, folder, kind=None, dtype=None, device="cpu", **new):
         """Load a folder, or its subfolder `transformer`.
 
         kind: "anyflow" or "causal" to start a student from a teacher (or a causal model from a bidirectional one);
-        at r = t, on a whole video, it computes what the folder's model does. Returns a whole model or raises
-        ValueError, which names the file, what it has and what it lacks.
+        at r = t, on a whole video, it computes what the folder's model does. new: config keys for what the folder's
+        model lacks, as chunk_partition. Returns a whole model or raises ValueError, which names the file, what it has
+        and what it lacks.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -568,7 +575,8 @@ class Wan(nn.Module):
             if kind not in order or order.index(kind) < order.index(config.kind):
                 known = ", ".join(order[order.index(config.kind):])
                 raise ValueError(f"kind is {kind!r}, expected one of {known} for {folder}")
-            config = replace(config, kind=kind)
+            own = config.to_dict()
+            config = replace(config, kind=kind, **{key: new[key] for key in new if key not in own})
         state = read_weights(folder)
         complete_student(state, config)
         with torch.device("meta"):
@@ -628,6 +636,12 @@ def complete_student(state, config):
         if None not in (patch["weight"], patch["bias"]):
             new = compressed_patches(patch, config.compressed_patch_size)
             state.update({f"far_patch_embedding.{name}": value for name, value in new.items()})
+
+
+def provenance(folder):
+    """What `train.py` wrote beside a model's weights: stage, preset, recipe. Empty for a published folder."""
+    path = Path(folder) / "anyflow.json"
+    return read_json(path) if path.exists() else {}
 
 
 def read_json(path):

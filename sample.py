@@ -1,14 +1,16 @@
-"""Prompt embeddings and given frames in, a video out, in latents: any number of steps, whole or chunk by chunk.
+"""A prompt and given frames in, a video out: any number of steps, whole or chunk by chunk.
 
-    python sample.py --model FOLDER --text prompt.safetensors --steps 4 --out out/clip.safetensors
+    python sample.py --prompt "a fast blue cross moving up" --steps 4         # the tiny world, seconds after cloning
+    python sample.py --model FOLDER --text prompt.safetensors --out out/clip  # Wan's size: embeddings in, latents out
 
 Everything here is `anyflow.sample` on a network that knows which frames are given: T2V gives none, I2V the
 first latent frame, V2V the first few.
 """
 
 import argparse
-import os
+import functools
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,18 +19,21 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import anyflow
-from model import Wan
+from model import Wan, provenance
+
+TINY = Path(__file__).parent / "toy" / "weights" / "causal-anyflow"
 
 
 def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None,
-             padding=True):  # fmt: skip
+             padding=True, sampler=None):  # fmt: skip
     """Latents (B, F, C, H, W) from noise of that shape in `steps` jumps, of a causal model for each chunk.
 
     text: (B, L, text_dim). guidance: for teachers; needs null_text, as text. context: given first frames
-    (B, f, C, H, W), returned unchanged. chunks, padding: see `stream`. Raises ValueError.
+    (B, f, C, H, W), returned unchanged. chunks, padding: see `stream`. sampler: one of SAMPLERS; by default "euler"
+    for a network of one time, else "flowmap". Raises ValueError.
     """
     if model.config.kind == "causal":
-        given = dict(null_text=null_text, context=context, chunks=chunks, padding=padding)
+        given = dict(null_text=null_text, context=context, chunks=chunks, padding=padding, sampler=sampler)
         return torch.cat([*stream(model, text, noise, steps, shift=shift, guidance=guidance, **given)], 1)
     if chunks is not None:
         raise ValueError(f"chunks need a causal model, found kind {model.config.kind!r}")
@@ -48,14 +53,35 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
         text, null = model.encode_text(text), None
         if guidance != 1 and null_text is not None:
             null = dict(text=model.encode_text(null_text))
-    average = model.config.kind != "teacher"
-    return anyflow.sample(
-        held, noise, steps, shift=shift, guidance=guidance, null=null, average=average, text=text
-    )
+    run = sampler_of(model, sampler)
+    return run(held, noise, steps, shift=shift, guidance=guidance, null=null, text=text)
+
+
+# How each kind of network is sampled: a teacher, a flow map, a model distilled by consistency.
+SAMPLERS = {
+    "euler": functools.partial(anyflow.sample, average=False),
+    "flowmap": anyflow.sample,
+    "consistency": lambda *args, guidance, null, **options: anyflow.consistency_sample(*args, **options),
+}
+
+
+def sampler_of_folder(folder):
+    """The sampler for what `train.py` made; None for a published folder."""
+    made = provenance(folder)
+    if made.get("stage") == "onpolicy" and made.get("rollout") == "consistency":
+        return "consistency"
+    return {"teacher": "euler", "consistency": "consistency"}.get(made.get("stage"))
+
+
+def sampler_of(model, name):
+    name = name or ("euler" if model.config.kind == "teacher" else "flowmap")
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler is {name!r}, expected one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
 
 
 def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None,
-           padding=True):  # fmt: skip
+           padding=True, sampler=None):  # fmt: skip
     """The chunks (B, f, C, H, W) of a causal model one by one, given ones first: arguments as of `generate`.
 
     chunks: frames of each, as many as one likes; not given, the model's own partition as far as noise reaches.
@@ -71,6 +97,7 @@ def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None
     if given and given not in ends:
         raise ValueError(f"context of {given} frames ends inside a chunk, expected one of {ends}")
 
+    run = sampler_of(model, sampler)
     with torch.no_grad():
         prompts = [text, null_text] if guidance != 1 and null_text is not None else [text]
         # The null prompt has a cache of its own: the past, too, is encoded with the prompt.
@@ -82,7 +109,7 @@ def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None
         else:
             start = noise[:, end - size : end]
             null = nulls[0] if nulls else None
-            chunk = anyflow.sample(model, start, steps, shift=shift, guidance=guidance, null=null, **cond)
+            chunk = run(model, start, steps, shift=shift, guidance=guidance, null=null, **cond)
         yield chunk
         if end < ends[-1]:
             for cache, prompt in branches:
@@ -129,36 +156,69 @@ def read_tensors(path, *names):
     return tensors
 
 
-def run(args):
-    part = args.out.with_name(f".{args.out.name}.part")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()  # an unwritable place is found before the work, not after it
-    try:
-        save_file({"latents": make(args).float().cpu().contiguous()}, part)
-        os.replace(part, args.out)
-    finally:
-        part.unlink(missing_ok=True)
-    print(f"latents in {args.out}")
-
-
 def make(args):
+    """Latents (B, F, C, H, W) for the command line's options, and a label for each."""
     model = Wan.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device)
-    prompt = read_tensors(args.text, "text")
-    text, null_text = (x if x is None else x.to(args.device) for x in (prompt["text"], prompt.get("null_text")))
-    context = read_tensors(args.context, "latents")["latents"].to(args.device) if args.context else None
+    made = provenance(args.model)
+    tiny = str(made.get("preset")).startswith("tiny")
+    frames, _, height, width = made.get("shape", (21, 16, 60, 104))
+    given = None
+    if tiny and args.text is None:
+        from toy.video import WORLDS, embed, parse_prompt
+
+        labels = torch.tensor([parse_prompt(prompt) for prompt in args.prompt])
+        text, null_text = embed(labels), embed(None).expand(len(labels), -1, -1)
+        if args.given:
+            world = WORLDS[made["data"]]
+            _, start = world.draw(range(len(labels)), args.seed)
+            given = world.render(labels, start)[:, : args.given]
+    elif args.text is None:
+        raise ValueError(f"{args.model} reads prompts as embeddings; name a file of them with --text")
+    else:
+        prompt = read_tensors(args.text, "text")
+        text, null_text = prompt["text"], prompt.get("null_text")
+    if args.given and (given is None or args.context):
+        raise ValueError("--given needs a model of the tiny world and a --prompt; else name a file with --context")
+    if args.context:
+        given = read_tensors(args.context, "latents")["latents"]
+    text, null_text, given = (x if x is None else x.to(args.device) for x in (text, null_text, given))
+    shape = len(text), args.frames or frames, model.config.in_channels, args.height or height, args.width or width
     torch.manual_seed(args.seed)
-    shape = len(text), args.frames, model.config.in_channels, args.height, args.width
     noise = torch.randn(shape).to(args.device)  # drawn on the CPU: the same video on every device
-    options = dict(shift=args.shift, guidance=args.guidance, null_text=null_text)
-    options |= dict(context=context, chunks=args.chunks)
-    if model.config.kind == "causal":
-        parts, bar = [], tqdm(total=args.frames, unit="frame", disable=None)
-        for chunk in stream(model, text, noise, args.steps, **options):
-            parts.append(chunk)
-            bar.update(chunk.shape[1])
-        bar.close()
-        return torch.cat([part.to(noise.dtype) for part in parts], 1)
-    return generate(model, text, noise, args.steps, **options)
+    shift = args.shift or made.get("shift", 5.0)
+    options = dict(shift=shift, guidance=args.guidance, null_text=null_text, context=given, chunks=args.chunks)
+    options |= dict(padding=not made, sampler=args.sampler or sampler_of_folder(args.model))
+    if model.config.kind != "causal":
+        return generate(model, text, noise, args.steps, **options).float().cpu(), tiny
+    parts, bar = [], tqdm(total=shape[1], unit="frame", disable=None)
+    for chunk in stream(model, text, noise, args.steps, **options):
+        parts.append(chunk.float().cpu())
+        bar.update(chunk.shape[1])
+    bar.close()
+    return torch.cat(parts, 1), tiny
+
+
+def write(path, latents, pixels):
+    """Latents in a safetensors file; of a model in pixel space, also a GIF and a contact sheet, and an MP4 where
+    imageio is installed. Each is written beside, then renamed."""
+    from toy import plots
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.with_suffix(".safetensors")]
+    plots.write(files[0], lambda part: save_file({"latents": latents.contiguous()}, part))
+    if pixels:
+        frames = plots.enlarge(latents)
+        files += [path.with_suffix(".gif"), path.with_suffix(".png")]
+        plots.write(files[1], lambda part: plots.write_gif(frames, part))
+        plots.contact_sheet(latents, files[2])
+        try:
+            import imageio.v3 as imageio
+
+            files.append(path.with_suffix(".mp4"))
+            plots.write(files[3], lambda part: imageio.imwrite(part, frames, fps=4))
+        except ImportError:
+            files = files[:3]
+    print("wrote " + ", ".join(str(file) for file in files))
 
 
 def positive(text):
@@ -169,16 +229,19 @@ def positive(text):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, help="folder in the layout of diffusers")
-    parser.add_argument("--text", required=True, help="safetensors: `text` (B, L, text_dim), perhaps `null_text`")
+    parser.add_argument("--model", default=str(TINY), help="model folder (default: the tiny causal one in the repository)")
+    parser.add_argument("--prompt", nargs="+", default=["a slow red disc moving left"], help="of the tiny world; several at once")
+    parser.add_argument("--given", type=int, default=0, help="tiny world: that many true first frames (I2V: 1, V2V: 3)")
+    parser.add_argument("--text", help="safetensors: `text` (B, L, text_dim), perhaps `null_text`, in place of --prompt")
     parser.add_argument("--context", help="safetensors with `latents` (B, f, C, H, W): the given first frames")
-    parser.add_argument("--out", type=Path, default=Path("out/latents.safetensors"))
+    parser.add_argument("--out", type=Path, default=Path("out/clip"), help="file; each format has its own ending")
     parser.add_argument("--steps", type=positive, default=4, help="network calls, of a causal model for each chunk")
-    parser.add_argument("--frames", type=positive, default=21, help="latent frames: 21 are 81 in pixels")
-    parser.add_argument("--height", type=positive, default=60, help="of the latents: 60 are 480 pixels")
-    parser.add_argument("--width", type=positive, default=104, help="of the latents: 104 are 832 pixels")
+    parser.add_argument("--frames", type=positive, help="latent frames, if not the model's own: 21 are 81 in pixels")
+    parser.add_argument("--height", type=positive, help="of the latents, if not the model's own: 60 are 480 pixels")
+    parser.add_argument("--width", type=positive, help="of the latents, if not the model's own: 104 are 832 pixels")
     parser.add_argument("--chunks", type=positive, nargs="+", help="frames of each, if not the model's own")
-    parser.add_argument("--shift", type=float, default=5.0)
+    parser.add_argument("--sampler", choices=SAMPLERS, help="if not the one that the model was trained for")
+    parser.add_argument("--shift", type=float, help="if not the model's own: 5 for published ones")
     parser.add_argument("--guidance", type=float, default=1.0, help="for teachers; students have it built in")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -191,7 +254,10 @@ def main(argv=None):
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     try:
-        run(args)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out.parent):  # an unwritable place is found before the work, not after it
+            pass
+        write(args.out, *make(args))
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
 

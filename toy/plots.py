@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.animation import PillowWriter  # noqa: E402
+from PIL import Image  # noqa: E402  (matplotlib brings it)
 
 # Okabe-Ito: told apart by colour-blind readers; markers and dashes tell them apart in grey.
 STYLE = {
@@ -198,3 +199,154 @@ def jumping(states, nfe, path, budgets=(1, 2, 4, 16), count=500, frames=30, hold
 
     write(path, save)
     plt.close(figure)
+
+
+def losses(rows, names, path):
+    """Losses of a run against its step, each smoothed over a fiftieth of the run. rows: [{"step", name: value}]."""
+    present = [name for name in names if any(name in row for row in rows)]
+    if not present:
+        return
+    figure, axes = plt.subplots(1, len(present), figsize=(4.2 * len(present), 3.2), squeeze=False)
+    for axis, name in zip(axes[0], present):
+        step, value = np.array([(row["step"], row[name]) for row in rows if name in row]).T
+        width = max(1, len(step) // 50)
+        smooth = np.convolve(value, np.ones(width) / width, "valid")
+        axis.plot(step, value, color="#999999", lw=0.4)
+        axis.plot(step[len(step) - len(smooth) :], smooth, color="#0072B2")
+        axis.set(xlabel="step", title=f"loss: {names[name]}", yscale="log" if value.min() > 0 else "linear")
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.25)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The video world
+# ------------------------------------------------------------------------------------------------------------
+
+
+def rgb(clip):
+    """(..., 3, H, W) in [-2, 2], background 0 -> (..., H, W, 3) in [0, 1]."""
+    return np.clip(0.5 + 0.25 * np.moveaxis(np.asarray(clip, dtype=np.float32), -3, -1), 0, 1)
+
+
+def video_quality(results, path):
+    """Distance to the world's nearest clip and distance of a preview, against network calls, by family."""
+    nfe, families = results["nfe"], results["methods"]
+    figure, axes = plt.subplots(2, len(families), figsize=(4.6 * len(families), 6.8), sharex=True, squeeze=False)
+    for column, (family, methods) in zip(axes.T, families.items()):
+        for method, scores in methods.items():
+            column[0].plot(nfe, scores["distance"], markersize=5, **STYLE[method])
+            column[1].plot(nfe[:-1], scores["preview"][:-1], markersize=5, **STYLE[method])
+        column[0].set_title(f"{family}\nquality: distance to the nearest clip of the world", fontsize=10)
+        column[1].set_title(f"same noise: distance to the own {nfe[-1]}-call clip", fontsize=10)
+        for axis in column:
+            _budget_axis(axis, nfe)
+            axis.grid(alpha=0.25)
+            axis.set_ylabel("better  ←  RMS / RMS of a clip")
+            axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
+            axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes[0, 0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def chunks(results, path):
+    """Exposure bias: the causal models' error by chunk; the V2V error in pixels by frame."""
+    nfe = results["nfe"]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    for axis, n in zip(axes, (4, nfe[-1])):
+        for method, scores in results["methods"]["causal"].items():
+            row = scores["by_chunk"][nfe.index(n)]
+            axis.plot(range(1, len(row) + 1), row, markersize=5, **STYLE[method])
+        axis.set(xlabel="chunk (1, 2, 2, 2, 2 frames)", ylabel="better  ←  RMS / RMS of a clip",
+                 title=f"causal, {n} calls a chunk: distance to where\nthe law carries the object of frame 1")  # fmt: skip
+        axis.set_xticks(range(1, len(row) + 1))
+    axes[0].legend(fontsize=8)
+    colours = {"1 frame given": "#E69F00", "3 frames given": "#009E73", "nothing given": "#999999"}
+    marks = {"1 frame given": "^", "3 frames given": "o", "nothing given": "s"}
+    for name, row in results["continuation"].items():
+        axes[2].plot(range(1, len(row) + 1), row, color=colours[name], marker=marks[name], markersize=5, label=name)
+    axes[2].set(xlabel="frame", ylabel="better  ←  pixels", title="AnyFlow, causal, 4 calls a chunk:\nerror of the object's centre")
+    axes[2].legend(fontsize=8)
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.25)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def clips_by_budget(clips, nfe, prompt, path):
+    """GIF: methods by rows, network calls by columns, all from one noise. clips: {method: [(F, 3, H, W) per NFE]}."""
+    rows = {STYLE[method]["label"].replace(", ", "\n").replace(" (", "\n("): row for method, row in clips.items()}
+    _grid_gif(rows, [f"{n} call{'s' * (n > 1)}" for n in nfe], f"“{prompt}”, same noise everywhere", path)
+
+
+def tasks(tasks, prompt, path):
+    """GIF: one causal model continues what it is given, beside the truth. tasks: {name: (clip, true clip)}."""
+    names = {"nothing given": "T2V: nothing given", "1 frame given": "I2V: 1 frame given", "3 frames given": "V2V: 3 frames given"}
+    rows = {"made\n(4 calls)": [clip for clip, _ in tasks.values()],
+            "truth": [true if name != "nothing given" else None for name, (_, true) in tasks.items()]}  # fmt: skip
+    given = [0 if name == "nothing given" else int(name[0]) for name in tasks]
+    _grid_gif(rows, [names[name] for name in tasks], f"one causal model: “{prompt}”", path, given)
+
+
+def _grid_gif(rows, columns, title, path, given=None, fps=4):
+    """GIF of a grid of clips, {row: [(F, 3, H, W) or None per column]}. given: frames of each column that are input."""
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(1.25 * len(columns) + 1.2, 1.3 * len(rows) + 0.7),
+                                squeeze=False, dpi=80)  # fmt: skip
+    images = []
+    for line, (name, clips) in zip(axes, rows.items()):
+        for axis, clip, column in zip(line, clips, columns):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if line is axes[0]:
+                axis.set_title(column, fontsize=8)
+            if clip is not None:
+                images.append((axis.imshow(rgb(clip[0]), interpolation="nearest"), rgb(clip)))
+        line[0].set_ylabel(name, fontsize=8)
+    clock = figure.suptitle(" ", fontsize=9)
+    figure.tight_layout(pad=0.5)
+    frames = len(images[0][1])
+
+    def save(part):
+        writer = PillowWriter(fps=fps)
+        with writer.saving(figure, part, dpi=80):
+            for f in range(frames):
+                for image, clip in images:
+                    image.set_data(clip[f])
+                clock.set_text(f"{title}   frame {f + 1} of {frames}")
+                if given:
+                    for axis, n, column in zip(axes[0], given, columns):
+                        axis.set_title(column + (" (given)" if f < n else ""), fontsize=8)
+                writer.grab_frame()
+
+    write(path, save)
+    plt.close(figure)
+
+
+def enlarge(clips, times=12):
+    """Clips (B, F, 3, H, W) side by side, every pixel a square: uint8 (F, times H, B times W, 3)."""
+    frames = np.concatenate(list(rgb(clips)), axis=2)
+    return (255 * frames).round().astype(np.uint8).repeat(times, 1).repeat(times, 2)
+
+
+def write_gif(frames, path, fps=4):
+    """uint8 (F, H, W, 3) as an endless GIF."""
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    first.save(path, save_all=True, append_images=others, duration=1000 // fps, loop=0)
+
+
+def contact_sheet(clips, path, labels=None):
+    """PNG: the frames of clips (B, F, 3, H, W), one row a clip."""
+    clips = rgb(clips)
+    figure, axes = plt.subplots(len(clips), clips.shape[1], figsize=(1.1 * clips.shape[1], 1.25 * len(clips)), squeeze=False)
+    for line, clip in zip(axes, clips):
+        for f, (axis, frame) in enumerate(zip(line, clip)):
+            axis.imshow(frame, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"frame {f + 1}" if line is axes[0] else "", fontsize=7)
+    for line, label in zip(axes, labels or []):
+        line[0].set_ylabel(label, fontsize=6)
+    figure.tight_layout(pad=0.3)
+    _save(figure, path)

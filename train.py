@@ -1,0 +1,680 @@
+"""One training loop for every stage and every size: a tiny video world on a laptop, Wan 14B on a cluster.
+
+    python train.py teacher     --preset tiny --out out/teacher                      # stage 0: flow matching
+    python train.py flowmap     --preset tiny --out out/forward --init out/teacher   # stage 1: forward flow map
+    python train.py onpolicy    --preset tiny --out out/anyflow --init out/forward --teacher out/teacher    # stage 2
+    python train.py consistency --preset tiny --out out/consistency --init out/teacher           # the baseline
+    torchrun --nproc-per-node 8 train.py flowmap --preset wan-14b-causal --init WAN --data SHARDS --out OUT
+
+A model folder is the layout of diffusers, as input and as result. Checkpoints are in OUT/checkpoints; `--resume` goes
+on from the newest, bit for bit. Under torchrun the networks are sharded (FSDP2). Every hyperparameter is an option.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+import anyflow
+import model as wan
+from model import Wan, add_lora, provenance
+
+STAGES = ("teacher", "flowmap", "onpolicy", "consistency")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Recipes
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of a run. The defaults are the published stage 1 of Wan 1.3B (arXiv 2605.13724)."""
+
+    steps: int = 6000
+    batch: int = 32  # clips a step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches a step
+    lr: float = 5e-5
+    beta1: float = 0.9
+    beta2: float = 0.95
+    warmup: int = 1000  # steps of rising learning rate
+    decay: float = 0.0  # share of the steps, the last ones, in which it falls to zero
+    clip: float = 1.0  # norm of the gradient
+    ema: float = 0.999
+    ema_start: int = 1000  # before this step the average is the weights themselves
+    shift: float = 5.0
+    drop: float = 0.1  # share of prompts replaced by the null prompt
+    own_times: float = 0.0  # teacher: share of clips whose frames have times of their own (diffusion forcing)
+    # stage 1
+    guidance: float = 3.0  # fused into the student
+    target: str = "data"  # velocity of the target: "data", or "teacher" with less variance
+    weight: str = "paper"  # of time: "paper", or "inverse" 1 / (t + 0.05), for a target without variance
+    balance: bool = True
+    diffusion: float = 0.5  # share of r = t
+    endpoint: float = 0.25  # share of r = 0
+    eps: float = 0.005  # half the step of the central difference
+    bidirectional: float = 0.1  # causal: share of steps with flow matching of the whole clip beside
+    # stage 2
+    rollout: str = "flowmap"  # simulation: "flowmap", or "consistency" to train the baseline on-policy
+    rollout_steps: tuple = (2, 4, 8, 16, 50)  # N, drawn anew each step
+    dmd: float = 1.0  # weight beside the stage-1 loss
+    dmd_guidance: float = 4.0  # of the teacher that judges: the release's x0_cond + 3 (x0_cond - x0_null)
+    fake_lr: float = 2e-6
+    fake_steps: int = 1  # updates of the fake score for one of the student
+    # baseline
+    teacher_steps: int = 50  # Heun steps that divide [0, 1]
+    # machine
+    lora: int = 256  # rank, with alpha = rank; 0 trains all weights
+    dtype: str = "bfloat16"  # of forwards and backwards; weights and sums over processes stay float32
+    checkpointing: bool = True  # recompute activations in the backward pass
+    compile: bool = True
+
+
+CHOICES = {"target": ("data", "teacher"), "weight": ("paper", "inverse"), "rollout": ("flowmap", "consistency"),
+           "dtype": ("float32", "bfloat16")}  # fmt: skip
+
+ON_POLICY = dict(steps=1200, lr=2e-6, beta1=0.0, beta2=0.999, warmup=0, ema=0.99, ema_start=200)
+WAN = {stage: ON_POLICY if stage == "onpolicy" else {} for stage in STAGES}
+WAN_14B = {stage: dict(steps=4000, batch=16) | WAN[stage] for stage in STAGES}
+
+TINY = dict(beta2=0.99, warmup=100, decay=0.3, ema=0.998, ema_start=0, guidance=1.0, target="teacher", weight="inverse",
+            balance=False, lora=0, dtype="float32", checkpointing=False, compile=False)  # fmt: skip
+TINY = {
+    "teacher": TINY | dict(steps=8000, lr=3e-3, own_times=0.5),
+    "flowmap": TINY | dict(steps=3000, lr=1e-3),
+    "consistency": TINY | dict(steps=3000, lr=1e-3),
+    "onpolicy": TINY | dict(steps=600, lr=1e-4, fake_lr=1e-4, beta1=0.0, fake_steps=3, rollout_steps=(1, 2, 4),
+                            dmd_guidance=1.0),
+}  # fmt: skip
+
+# Preset: the network, latent frames, height and width of a clip, and the recipe of each stage.
+SIZES = {"tiny": ("tiny", 9, 12, 12, TINY), "wan-1.3b": ("wan-1.3b", 21, 60, 104, WAN),
+         "wan-14b": ("wan-14b", 21, 60, 104, WAN_14B)}  # fmt: skip
+PRESETS = [*SIZES, *(f"{name}-causal" for name in SIZES)]
+
+
+def preset(name):
+    """WanConfig (causal if the name says so), shape (F, C, H, W) of a clip, {stage: its changes to `Recipe`}."""
+    size, frames, height, width, stages = SIZES[name.removesuffix("-causal")]
+    config = replace(wan.PRESETS[size], kind="causal" if name.endswith("-causal") else "anyflow")
+    if size == "tiny":  # the whole of a 12 x 12 frame in one compressed patch
+        config = replace(config, compressed_patch_size=(1, 12, 12), chunk_partition=(1, 2, 2, 2, 2))
+    return config, (frames, config.in_channels, height, width), stages
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """A folder of safetensors files, each with `latents` (n, F, C, H, W) and `text` (n, L, text_dim) of n clips, and
+    `null.safetensors` with the null prompt, `text` (1, L, text_dim). A clip is read when it is asked for."""
+
+    def __init__(self, folder, shape, skip_bad=False):
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ValueError(f"no data folder {folder}")
+        self.files, self.shuffled, bad = [], None, []
+        for path in sorted(folder.glob("*.safetensors")):
+            if path.name == "null.safetensors":
+                continue
+            try:
+                file = safe_open(path, "pt")
+                sizes = [tuple(file.get_slice(key).get_shape()) for key in ("latents", "text")]
+                if sizes[0][1:] != shape or sizes[0][0] != sizes[1][0]:
+                    raise ValueError(f"latents {sizes[0]} and text {sizes[1]}, expected (n, {shape}) and (n, L, D)")
+                self.files += [(file, i) for i in range(sizes[0][0])]
+            except (SafetensorError, ValueError, OSError) as error:
+                bad.append(f"{path}: {error}")
+        if bad and not skip_bad:
+            raise ValueError(f"{len(bad)} bad shard(s), the first {bad[0]}; --skip-bad-shards uses the others")
+        if not self.files:
+            raise ValueError(f"no clips in {folder}, expected safetensors files with latents and text")
+        if not (folder / "null.safetensors").exists():
+            raise ValueError(f"no file {folder / 'null.safetensors'}, expected the null prompt there")
+        self.null = load_file(folder / "null.safetensors")["text"].float()
+
+    def batch(self, positions, seed):
+        """Clips by their place in an endless row of epochs, each shuffled by its own seed."""
+        picked = []
+        for position in positions:
+            epoch, i = divmod(position, len(self.files))
+            if (seed, epoch) != self.shuffled:
+                self.shuffled = seed, epoch
+                self.order = np.random.default_rng(self.shuffled).permutation(len(self.files))
+            picked.append(self.files[self.order[i]])
+        return tuple(torch.stack([file.get_slice(key)[i] for file, i in picked]).float() for key in ("latents", "text"))
+
+
+def open_data(args, shape):
+    from toy.video import WORLDS
+
+    if args.data in WORLDS:
+        data = WORLDS[args.data]
+        if data.shape != shape:
+            raise ValueError(f"the world {args.data} has clips {data.shape}, expected {shape} for {args.preset}")
+        return data
+    if args.data is None:
+        raise ValueError(f"--preset {args.preset} needs --data, a folder of shards")
+    return Shards(args.data, shape, args.skip_bad_shards)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes and networks
+# ------------------------------------------------------------------------------------------------------------
+
+
+def start_processes(device, dtype):
+    """Join torchrun's processes. FSDP also does mixed precision: for that, one process is a group of its own."""
+    device = torch.device(device)
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    elif dtype != "float32":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def shard(model, recipe, device):
+    """Compile each block, and shard each block over the processes of a node, with a copy on every node."""
+    if recipe.compile:
+        for block in model.blocks:
+            block.compile()
+    model.checkpointing = recipe.checkpointing
+    model.to(device)
+    if not dist.is_initialized():
+        return model
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world > local:
+        mesh = init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device.type, (world,))
+    # Not the inputs: a time of 0.999 is 1 in bfloat16.
+    policy = MixedPrecisionPolicy(getattr(torch, recipe.dtype), torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "extend")
+    return model
+
+
+def load(folder, option, config, kind, stages):
+    """A model folder, checked to have the preset's architecture and to come from one of the stages."""
+    if folder is None:
+        raise ValueError(f"{option} is missing, expected a model folder of stage {' or '.join(stages)}")
+    new = {key: getattr(config, key) for key in ("compressed_patch_size", "full_chunk_limit", "chunk_partition")}
+    model = Wan.from_pretrained(folder, kind, **new if kind == "causal" else {})
+    for key, wanted in asdict(config).items():
+        found = getattr(model.config, key)
+        if found != wanted and key in model.config.to_dict() and key not in ("chunk_partition", "rope_max_seq_len"):
+            raise ValueError(f"{option} {folder} has {key} {found}, expected {wanted} as the preset")
+    made = provenance(folder).get("stage")
+    if made not in (None, *stages):
+        raise ValueError(f"{option} {folder} was made by stage {made}, expected {' or '.join(stages)}")
+    return model
+
+
+def new_model(config):
+    """Random weights that start as the zero function."""
+    model = Wan(config)
+    torch.nn.init.zeros_(model.proj_out.weight)
+    torch.nn.init.zeros_(model.proj_out.bias)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The state that a checkpoint holds: networks in training, their optimisers, the average, the step.
+
+    There is no random state and no data position to keep: both are functions of seed and step, see `train`.
+    """
+
+    TRAINED = StateDictOptions(ignore_frozen_params=True)
+
+    def __init__(self, nets, optimisers, folder, settings):
+        self.nets, self.optimisers, self.settings = nets, optimisers, settings
+        self.folder, self.step = folder / "checkpoints", 0
+        self.average = {name: p.detach().clone() for name, p in nets["student"].named_parameters() if p.requires_grad}
+
+    def state(self):
+        state = {"average": self.average}
+        for name, optimiser in self.optimisers.items():
+            state[name] = get_model_state_dict(self.nets[name], options=self.TRAINED)
+            state[f"{name}_optimiser"] = get_optimizer_state_dict(self.nets[name], optimiser, options=self.TRAINED)
+        return state
+
+    def save(self):
+        """Write beside, rename, then drop all but the newest two."""
+        name = f"step-{self.step:07d}"
+        part = self.folder / f".{name}.part"
+        try:
+            if main_process():
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+            wait_for_all()
+            dcp.save(self.state(), checkpoint_id=part, no_dist=not dist.is_initialized())
+            if main_process():
+                (part / "settings.json").write_text(json.dumps(self.settings, indent=1) + "\n")
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                os.replace(part, self.folder / name)
+                for old in self.all()[:-2]:
+                    shutil.rmtree(old)
+        except Exception as error:  # of a full disk, dcp raises its own kinds
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"cannot save {self.folder / name}: {reason(error)}; {self.newest()}") from None
+        wait_for_all()
+
+    def resume(self):
+        """Load the newest checkpoint. ValueError where there is none, or where it was made with other settings."""
+        if not self.all():
+            raise ValueError(f"--resume found no checkpoint in {self.folder}")
+        newest = self.all()[-1]
+        made = wan.read_json(newest / "settings.json")
+        changed = [f"{key} {made.get(key)!r} -> {self.settings.get(key)!r}"
+                   for key in sorted(made | self.settings) if made.get(key) != self.settings.get(key)]  # fmt: skip
+        if changed:
+            raise ValueError(f"{newest} was made with other settings: {', '.join(changed)}")
+        state = self.state()
+        try:
+            dcp.load(state, checkpoint_id=newest, no_dist=not dist.is_initialized())
+        except Exception as error:
+            raise ValueError(f"cannot read checkpoint {newest}: {reason(error)}") from None
+        for name, optimiser in self.optimisers.items():
+            options = StateDictOptions(ignore_frozen_params=True, strict=False)
+            set_model_state_dict(self.nets[name], state[name], options=options)
+            set_optimizer_state_dict(self.nets[name], optimiser, state[f"{name}_optimiser"], options=self.TRAINED)
+        self.average = state["average"]
+        self.step = int(newest.name.removeprefix("step-"))
+
+    def all(self):
+        return sorted(self.folder.glob("step-*"))
+
+    def newest(self):
+        return f"the last whole checkpoint is {self.all()[-1]}" if self.all() else "there is no earlier checkpoint"
+
+    @torch.no_grad()
+    def update_average(self, recipe):
+        n = self.step - recipe.ema_start
+        decay = min(recipe.ema, (n + 1) / (n + 10)) if n >= 0 else 0.0  # it forgets faster while it is young
+        params = dict(self.nets["student"].named_parameters())
+        own = lambda p: p.to_local() if isinstance(p, DTensor) else p
+        torch._foreach_lerp_([own(p) for p in self.average.values()], [own(params[n]) for n in self.average], 1 - decay)
+
+    @torch.no_grad()
+    def export(self, folder, config, recipe):
+        """The averaged weights as a folder that diffusers opens. It ends the training: the weights are replaced."""
+        student = self.nets["student"]
+        params = dict(student.named_parameters())
+        for name, value in self.average.items():
+            params[name].copy_(value)
+        state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if main_process():
+            with torch.device("meta"):
+                whole = Wan(config)
+                if recipe.lora:
+                    add_lora(whole, recipe.lora, recipe.lora)
+            whole.load_state_dict(state, assign=True)
+            whole.save_pretrained(folder)
+            part = folder / ".anyflow.json.part"
+            part.write_text(json.dumps(self.settings, indent=1) + "\n")
+            os.replace(part, folder / "anyflow.json")
+        wait_for_all()
+
+
+def reason(error):
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def main_process():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loop
+# ------------------------------------------------------------------------------------------------------------
+
+
+def rollout(recipe, model, noise, text, chunks):
+    """The student's own clip x_hat (B, F, C, H, W), with gradient through the step being trained.
+
+    A causal model makes it chunk by chunk as when sampling: each through the simulation, then, without gradient, into
+    the cache that the next chunk sees.
+    """
+    simulate = {"flowmap": anyflow.backward_simulation, "consistency": anyflow.consistency_simulation}[recipe.rollout]
+    steps = recipe.rollout_steps[torch.randint(len(recipe.rollout_steps), ()).item()]
+    k = torch.randint(steps, ()).item()
+    grid = anyflow.time_grid(steps, recipe.shift)
+    if chunks is None:
+        return simulate(model, noise, grid, k, text=text)
+    cache, video = model.new_cache(padding=False), []
+    for part in noise.split(chunks, 1):
+        video.append(simulate(model, part, grid, k, text=text, cache=cache))
+        if len(video) < len(chunks):
+            model.extend(cache, video[-1].detach(), text)
+    return torch.cat(video, 1)
+
+
+def train(stage, recipe, run, data, args, config, shape, device):
+    """Steps until recipe.steps. Yields after each what the log holds."""
+    nets, optimisers = run.nets, run.optimisers
+    student, teacher, real, fake = (nets.get(name) for name in ("student", "teacher", "real", "fake"))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    causal, limit = config.kind == "causal", config.full_chunk_limit
+    weight = (lambda t: 1 / (t + 0.05)) if recipe.weight == "inverse" else None
+
+    while run.step < recipe.steps:
+        start, step = time.perf_counter(), run.step
+        left = (recipe.steps - step) / (recipe.decay * recipe.steps) if recipe.decay else 1.0
+        factor = min(1.0, (step + 1) / max(1, recipe.warmup), left)
+        for name, lr in (("student", recipe.lr), ("fake", recipe.fake_lr)):
+            if name in optimisers:
+                optimisers[name].param_groups[0]["lr"] = lr * factor
+        losses, samples = {}, []
+
+        def backward(name, loss):
+            (loss / recipe.accumulate).backward()
+            losses[name] = losses.get(name, 0.0) + loss.detach() / recipe.accumulate
+
+        for micro in range(recipe.accumulate):
+            # Every process draws the random numbers of the whole batch, from a seed of the step, and takes its rows:
+            # a run depends neither on how many processes share it nor on where it was resumed. Rows lie a stride apart,
+            # so that each process gets its share of every kind of time pair.
+            seed_with(args.seed, step, 0)
+            rows = torch.arange(recipe.batch)[micro * world + rank :: world * recipe.accumulate]
+            mine = lambda drawn: drawn[rows].to(device)
+            t, r = (mine(time) for time in anyflow.time_pairs(recipe.batch, recipe.shift, recipe.diffusion, recipe.endpoint))
+            tau, logit = mine(torch.rand(recipe.batch)), torch.randn(recipe.batch, 1)
+            own = torch.rand(recipe.batch, 1) < recipe.own_times
+            logit = torch.where(own, 1.5 * torch.randn(recipe.batch, shape[0]), logit)
+            t_teacher = anyflow.shift_time(mine(logit).sigmoid(), recipe.shift)
+            noise = mine(torch.randn(recipe.batch, *shape))
+            dropped = mine(torch.rand(recipe.batch) < recipe.drop)
+            clip, text = (x.to(device) for x in data.batch((step * recipe.batch + rows).tolist(), args.seed))
+            null = data.null.to(device).expand_as(text)
+            prompt = torch.where(dropped[:, None, None], null, text)
+
+            # x: the frames to learn from. Causal: those of the last chunks of the first n; n = 3, or as often more.
+            x, cond = clip, dict(text=prompt)
+            if causal:
+                most = len(config.chunk_partition)
+                n = min(limit, most) if torch.rand(()) < 0.5 else torch.randint(min(limit, most), most + 1, ()).item()
+                chunks = config.chunk_partition[:n]
+                end, first = sum(chunks), sum(chunks[:-limit])
+                x, noise_x = clip[:, first:end], noise[:, first:end]
+                cond |= dict(clean=clip[:, :end], chunks=chunks)
+            else:
+                noise_x = noise
+            common = dict(noise=noise_x, shift=recipe.shift, guidance=recipe.guidance, null=dict(text=null), **cond)
+
+            if stage == "teacher":
+                t_teacher = t_teacher[:, :1].expand(x.shape[:2]) if causal else t_teacher.expand(x.shape[:2])
+                backward("loss", anyflow.flow_matching_loss(student, x, t=t_teacher, noise=noise_x, **cond))
+            elif stage == "consistency" or recipe.rollout == "consistency":
+                loss = anyflow.consistency_loss(student, teacher, x, t=tau, steps=recipe.teacher_steps, weight=weight, **common)
+                backward("loss", loss)
+            else:
+                target = teacher if recipe.target == "teacher" else None
+                options = dict(teacher=target, weight=weight, balance=recipe.balance, eps=recipe.eps)
+                backward("loss", anyflow.flow_map_loss(student, x, t=t, r=r, **options, **common))
+            if causal and stage in ("teacher", "flowmap") and step * recipe.bidirectional % 1 < recipe.bidirectional:
+                t_whole = t_teacher[:, :1].expand(clip.shape[:2])
+                backward("whole", anyflow.flow_matching_loss(student, clip, t=t_whole, noise=noise, text=prompt))
+
+            if stage == "onpolicy":
+                t_dmd = mine(anyflow.shift_time(torch.rand(recipe.batch), recipe.shift))
+                noise_dmd = mine(torch.randn(recipe.batch, *shape))
+                x_hat = rollout(recipe, student, noise, text, config.chunk_partition if causal else None)
+                options = dict(guidance=recipe.dmd_guidance, null=dict(text=null))
+                dmd = anyflow.dmd_loss(x_hat, real, fake, t=t_dmd, noise=noise_dmd, text=text, **options)
+                backward("dmd", recipe.dmd * dmd)
+                samples.append((x_hat.detach(), text, mine))
+
+        losses = {name: over_processes(value) for name, value in losses.items()}
+        bad = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if bad or not math.isfinite(norm):
+            found = ", ".join(bad) or f"the gradient's norm is {norm}"
+            raise FloatingPointError(f"stage {stage}, step {step}: {found}; {run.newest()}")
+        optimisers["student"].step()
+        optimisers["student"].zero_grad()
+
+        # The fake score learns the samples that the student has just been judged by: one rollout serves both.
+        for i in range(recipe.fake_steps if samples else 0):
+            for x_hat, text, mine in samples:
+                seed_with(args.seed, step, 1 + i)
+                t_fake = mine(anyflow.logit_normal_times(torch.empty(recipe.batch), recipe.shift))
+                noise_fake = mine(torch.randn(recipe.batch, *shape))
+                loss = anyflow.fake_score_loss(fake, x_hat, t=t_fake, noise=noise_fake, text=text)
+                (loss / recipe.accumulate).backward()
+            losses["fake"] = over_processes(loss.detach())
+            torch.nn.utils.clip_grad_norm_(fake.parameters(), recipe.clip)
+            optimisers["fake"].step()
+            optimisers["fake"].zero_grad()
+
+        run.update_average(recipe)
+        run.step += 1
+        lr = optimisers["student"].param_groups[0]["lr"]
+        yield {"step": run.step, **losses, "norm": norm, "lr": lr, "seconds": time.perf_counter() - start}
+
+
+def seed_with(*numbers):
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def over_processes(loss):
+    """Mean over the processes, as a float."""
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss = loss / dist.get_world_size()
+    return loss.item()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------
+
+
+def networks(stage, recipe, args, config):
+    """{"student"} and, as the stage needs them, "teacher", "real" and "fake".
+
+    teacher: whose velocity the target or the consistency step follows. real: who judges in the on-policy stage, by
+    default the teacher; also of a causal student it may be a bidirectional one, which sees the whole clip.
+    fake: a copy of real, in training.
+    """
+    torch.manual_seed(args.seed)
+    whole = replace(config, kind="anyflow")
+    mine, consistency = config if config.kind == "causal" else whole, stage == "consistency"
+    if stage == "onpolicy":
+        consistency = recipe.rollout == "consistency"
+        before = ("consistency",) if consistency else ("flowmap", "onpolicy")
+    else:
+        before = {"flowmap": ("teacher", "flowmap", "onpolicy")}.get(stage, ("teacher",))
+    if stage == "teacher" and not args.init:
+        nets = {"student": new_model(replace(config, kind="teacher") if mine is whole else config)}
+    else:
+        kind = "teacher" if stage == "teacher" and mine is whole else mine.kind
+        nets = {"student": load(args.init, "--init", mine, kind, before)}
+    if consistency or (stage != "teacher" and recipe.target == "teacher"):
+        folder = args.teacher or (args.init if stage != "onpolicy" else None)
+        nets["teacher"] = load(folder, "--teacher", mine, None, ("teacher",))
+        if (nets["teacher"].config.kind == "causal") != (config.kind == "causal"):
+            raise ValueError(f"--teacher {folder} is of kind {nets['teacher'].config.kind} for a student of {config.kind}")
+    if stage == "onpolicy":
+        for name in ("real", "fake"):
+            nets[name] = load(args.real or args.teacher, "--teacher", whole, None, ("teacher",))
+    for name, net in nets.items():
+        if name in ("teacher", "real"):
+            net.requires_grad_(False)
+        elif recipe.lora:
+            add_lora(net, recipe.lora, recipe.lora)
+    return nets
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage="train.py STAGE --preset NAME ...")
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--preset", choices=PRESETS, required=True)
+    parser.add_argument("--out", type=Path, help="folder of the result (default out/PRESET-STAGE)")
+    parser.add_argument("--data", help="folder of shards, or the world torus or gravity (default of tiny presets: torus)")
+    parser.add_argument("--init", help="model folder to start from")
+    parser.add_argument("--teacher", help="model folder of the teacher (default: --init)")
+    parser.add_argument("--real", help="onpolicy: model folder of the teacher that judges (default: --teacher)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --out")
+    parser.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints")
+    parser.add_argument("--skip-bad-shards", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    numbers = parser.add_argument_group("recipe", "defaults are the preset's")
+    for field in fields(Recipe):
+        kind = {bool: boolean, tuple: integers}.get(field.type, field.type)
+        option = f"--{field.name.replace('_', '-')}"
+        numbers.add_argument(option, type=kind, choices=CHOICES.get(field.name), metavar=field.type.__name__.upper())
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("out") / f"{args.preset}-{args.stage}"
+    args.data = args.data or ("torus" if args.preset.startswith("tiny") else None)
+    return args
+
+
+def positive(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
+    return int(text)
+
+
+def boolean(text):
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+def integers(text):
+    return tuple(positive(part) for part in text.split(","))
+
+
+def check(recipe, world):
+    """ValueError for numbers outside their range."""
+    for name in ("steps", "batch", "accumulate", "teacher_steps", "fake_steps"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name} is {getattr(recipe, name)}, expected at least 1")
+    for name in ("lr", "fake_lr", "clip", "shift", "guidance", "eps"):
+        if not 0 < getattr(recipe, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(recipe, name)}, expected a number above 0")
+    for name in ("beta1", "beta2", "ema", "drop", "decay", "own_times", "diffusion", "endpoint", "bidirectional"):
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise ValueError(f"{name} is {getattr(recipe, name)}, expected a number in [0, 1]")
+    if recipe.batch % (world * recipe.accumulate):
+        shares = f"{world} process(es) x {recipe.accumulate} micro-batch(es)"
+        raise ValueError(f"batch is {recipe.batch}, expected a multiple of {shares}")
+
+
+def run_stage(args):
+    config, shape, stages = preset(args.preset)
+    given = {field.name: getattr(args, field.name) for field in fields(Recipe)}
+    recipe = Recipe(**stages[args.stage] | {key: value for key, value in given.items() if value is not None})
+    check(recipe, int(os.environ.get("WORLD_SIZE", 1)))
+    data = open_data(args, shape)
+    device = start_processes(args.device, recipe.dtype)
+    nets = networks(args.stage, recipe, args, config)
+    nets = {name: shard(net, recipe, device) for name, net in nets.items()}
+    optimisers = {}
+    for name, lr in (("student", recipe.lr), ("fake", recipe.fake_lr)):
+        if name in nets:
+            weights = [p for p in nets[name].parameters() if p.requires_grad]
+            betas = (recipe.beta1, recipe.beta2)
+            optimisers[name] = torch.optim.AdamW(weights, lr, betas, weight_decay=0.0, fused=True)
+    places = {key: str(getattr(args, key) or "") for key in ("init", "teacher", "real", "data")}
+    settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, **places, **asdict(recipe)}
+    settings |= {"shape": list(shape), "rollout_steps": list(recipe.rollout_steps)}
+
+    run = Run(nets, optimisers, args.out, settings)
+    if args.resume:
+        run.resume()
+    elif run.all():
+        raise ValueError(f"{args.out} holds an earlier run; --resume goes on with it, another --out leaves it alone")
+    log = args.out / "log.jsonl"
+    if main_process():
+        args.out.mkdir(parents=True, exist_ok=True)
+        kept = log.read_text().splitlines()[: run.step] if args.resume and log.exists() else []
+        log.write_text("".join(f"{line}\n" for line in kept))
+    bar = tqdm(total=recipe.steps, initial=run.step, desc=f"{args.preset} {args.stage}", mininterval=1,
+               disable=None if main_process() else True)  # fmt: skip
+    with open(log if main_process() else os.devnull, "a") as lines:
+        for row in train(args.stage, recipe, run, data, args, nets["student"].config, shape, device):
+            lines.write(json.dumps(row) + "\n")
+            bar.update()
+            if run.step % 20 == 0:
+                bar.set_postfix_str(" ".join(f"{name} {row[name]:.4g}" for name in row if name in LOSSES))
+            if run.step % args.save_every == 0 or run.step == recipe.steps:
+                lines.flush()
+                run.save()
+    bar.close()
+    run.export(args.out, nets["student"].config, recipe)
+    if main_process():
+        from toy import plots
+
+        plots.losses([json.loads(line) for line in log.read_text().splitlines()], LOSSES, args.out / "losses.png")
+        print(f"weights in {args.out}")
+
+
+LOSSES = {
+    "loss": "of the stage",
+    "whole": "flow matching of the whole clip",
+    "dmd": "distribution matching",
+    "fake": "fake score",
+}
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        run_stage(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; --resume goes on from the last checkpoint")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
