@@ -223,18 +223,18 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     u = model(z, t, r, **cond)
 
     with torch.no_grad():
+        off = (t > r).reshape(len(x), -1).any(1)
+        v = noise - x
+        if guidance != 1 and (teacher is None or balance):
+            if null is None:
+                raise ValueError(f"guidance {guidance} needs the null prompt: expected null=dict(...), found None")
+            v = guidance * v + (1 - guidance) * model(z, t, t, **(cond | null))
         if teacher is not None:
-            v = guided(teacher, z, t, t, guidance, null, **cond)
-        elif guidance == 1:
-            v = noise - x
-        elif null is None:
-            raise ValueError(f"guidance {guidance} needs the null prompt: expected null=dict(...), found None")
-        else:
-            v = guidance * (noise - x) + (1 - guidance) * model(z, t, t, **(cond | null))
+            smooth = guided(teacher, z, t, t, guidance, null, **cond)
+            v = torch.where(_expand(off, z), smooth, v) if balance else smooth
 
         target = v.clone()
-        off = (t > r).reshape(len(x), -1).any(1)  # where r = t, du/dt is multiplied by zero: do not compute it
-        if _over_processes(off.sum()) > 0:
+        if _over_processes(off.sum()) > 0:  # where r = t, du/dt is multiplied by zero: do not compute it
             # Sharded processes must call the network equally often: one that has no such sample takes its first.
             i = off.nonzero()[:, 0] if off.any() else torch.zeros(1, dtype=torch.long, device=off.device)
             some = _each_tensor(cond, lambda c: c[i])
@@ -261,8 +261,9 @@ def _balance(loss, off, tiny=1e-5):
     """Losses (B,), those with r < t rescaled to the mean of the others: l * mean / l, the factor a constant.
 
     Jumps have errors of another size than velocities, and this keeps both in view. It wants samples of many
-    numbers (over the two coordinates of a point, 1/l is noise), and the data's velocity, whose variance keeps
-    the mean above zero: a student that starts as the teacher in its own target has no error at r = t at all.
+    numbers (over the two coordinates of a point, 1/l is noise), and at r = t the data's velocity, whose variance
+    keeps the mean above zero: against the teacher that it starts as, a student has no error there at all. So
+    `flow_map_loss` asks a teacher only for the jumps.
     The mean is over all processes; without a sample at r = t, nothing is rescaled.
     """
     on = (~off).to(loss.dtype)

@@ -559,8 +559,8 @@ class Wan(nn.Module):
     def from_pretrained(cls, folder, kind=None, dtype=None, device="cpu", **new):
         """Load a folder, or its subfolder `transformer`.
 
-        kind: "anyflow" or "causal" to start a student from a teacher (or a causal model from a bidirectional one);
-        at r = t, on a whole video, it computes what the folder's model does. new: config keys for what the folder's
+        kind: "anyflow" or "causal" to start a student from a teacher, or a causal model from a bidirectional one or
+        the other way; at r = t, on a whole video, it computes what the folder's model does. new: config keys for what the folder's
         model lacks, as chunk_partition. Returns a whole model or raises ValueError, which names the file, what it has
         and what it lacks.
         """
@@ -571,13 +571,14 @@ class Wan(nn.Module):
             folder = folder / "transformer"
         config = WanConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
         if kind is not None:
-            order = list(CLASSES)
-            if kind not in order or order.index(kind) < order.index(config.kind):
-                known = ", ".join(order[order.index(config.kind):])
-                raise ValueError(f"kind is {kind!r}, expected one of {known} for {folder}")
+            known = list(CLASSES)[config.kind != "teacher":]  # two times do not become one
+            if kind not in known:
+                raise ValueError(f"kind is {kind!r}, expected one of {', '.join(known)} for {folder}")
             own = config.to_dict()
             config = replace(config, kind=kind, **{key: new[key] for key in new if key not in own})
         state = read_weights(folder)
+        if kind == "anyflow":
+            state = {name: value for name, value in state.items() if not name.startswith("far_patch_embedding.")}
         complete_student(state, config)
         with torch.device("meta"):
             model = cls(config)

@@ -53,7 +53,7 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
         text, null = model.encode_text(text), None
         if guidance != 1 and null_text is not None:
             null = dict(text=model.encode_text(null_text))
-    run = sampler_of(model, sampler)
+    run = sampler_of(model, sampler, guidance)
     return run(held, noise, steps, shift=shift, guidance=guidance, null=null, text=text)
 
 
@@ -73,10 +73,12 @@ def sampler_of_folder(folder):
     return {"teacher": "euler", "consistency": "consistency"}.get(made.get("stage"))
 
 
-def sampler_of(model, name):
+def sampler_of(model, name, guidance):
     name = name or ("euler" if model.config.kind == "teacher" else "flowmap")
     if name not in SAMPLERS:
         raise ValueError(f"sampler is {name!r}, expected one of {', '.join(SAMPLERS)}")
+    if name == "consistency" and guidance != 1:
+        raise ValueError(f"guidance is {guidance}, expected 1: a model distilled by consistency has it built in")
     return SAMPLERS[name]
 
 
@@ -97,7 +99,7 @@ def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None
     if given and given not in ends:
         raise ValueError(f"context of {given} frames ends inside a chunk, expected one of {ends}")
 
-    run = sampler_of(model, sampler)
+    run = sampler_of(model, sampler, guidance)
     with torch.no_grad():
         prompts = [text, null_text] if guidance != 1 and null_text is not None else [text]
         # The null prompt has a cache of its own: the past, too, is encoded with the prompt.
@@ -229,14 +231,24 @@ def positive(text):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default=str(TINY), help="model folder (default: the tiny causal one in the repository)")
-    parser.add_argument("--prompt", nargs="+", default=["a slow red disc moving left"], help="of the tiny world; several at once")
-    parser.add_argument("--given", type=int, default=0, help="tiny world: that many true first frames (I2V: 1, V2V: 3)")
-    parser.add_argument("--text", help="safetensors: `text` (B, L, text_dim), perhaps `null_text`, in place of --prompt")
+    parser.add_argument(
+        "--model", default=str(TINY), help="model folder (default: the tiny causal one in the repository)"
+    )
+    parser.add_argument(
+        "--prompt", nargs="+", default=["a slow red disc moving left"], help="of the tiny world; several at once"
+    )
+    parser.add_argument(
+        "--given", type=int, default=0, help="tiny world: that many true first frames (I2V: 1, V2V: 3)"
+    )
+    parser.add_argument(
+        "--text", help="safetensors: `text` (B, L, text_dim), perhaps `null_text`, in place of --prompt"
+    )
     parser.add_argument("--context", help="safetensors with `latents` (B, f, C, H, W): the given first frames")
     parser.add_argument("--out", type=Path, default=Path("out/clip"), help="file; each format has its own ending")
     parser.add_argument("--steps", type=positive, default=4, help="network calls, of a causal model for each chunk")
-    parser.add_argument("--frames", type=positive, help="latent frames, if not the model's own: 21 are 81 in pixels")
+    parser.add_argument(
+        "--frames", type=positive, help="latent frames, if not the model's own: 21 are 81 in pixels"
+    )
     parser.add_argument("--height", type=positive, help="of the latents, if not the model's own: 60 are 480 pixels")
     parser.add_argument("--width", type=positive, help="of the latents, if not the model's own: 104 are 832 pixels")
     parser.add_argument("--chunks", type=positive, nargs="+", help="frames of each, if not the model's own")
@@ -255,7 +267,9 @@ def main(argv=None):
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.out.parent):  # an unwritable place is found before the work, not after it
+        with tempfile.TemporaryFile(
+            dir=args.out.parent
+        ):  # an unwritable place is found before the work, not after it
             pass
         write(args.out, *make(args))
     except (ValueError, OSError) as error:

@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -44,6 +45,9 @@ from model import Wan, add_lora, provenance
 
 STAGES = ("teacher", "flowmap", "onpolicy", "consistency")
 
+# One process needs no group to save a checkpoint; and nothing here writes into a block's output.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled|FSDP2-wrapped module .* returned a view")
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Recipes
@@ -67,7 +71,7 @@ class Recipe:
     ema_start: int = 1000  # before this step the average is the weights themselves
     shift: float = 5.0
     drop: float = 0.1  # share of prompts replaced by the null prompt
-    own_times: float = 0.0  # teacher: share of clips whose frames have times of their own (diffusion forcing)
+    own_times: float = 0.0  # bidirectional teacher: share of clips whose frames have times of their own
     # stage 1
     guidance: float = 3.0  # fused into the student
     target: str = "data"  # velocity of the target: "data", or "teacher" with less variance
@@ -100,14 +104,14 @@ ON_POLICY = dict(steps=1200, lr=2e-6, beta1=0.0, beta2=0.999, warmup=0, ema=0.99
 WAN = {stage: ON_POLICY if stage == "onpolicy" else {} for stage in STAGES}
 WAN_14B = {stage: dict(steps=4000, batch=16) | WAN[stage] for stage in STAGES}
 
-TINY = dict(beta2=0.99, warmup=100, decay=0.3, ema=0.998, ema_start=0, guidance=1.0, target="teacher", weight="inverse",
-            balance=False, lora=0, dtype="float32", checkpointing=False, compile=False)  # fmt: skip
+TINY = dict(beta2=0.99, warmup=100, decay=0.3, ema=0.998, ema_start=0, guidance=1.0, target="teacher", eps=0.02,
+            lora=0, dtype="float32", checkpointing=False, compile=False)  # fmt: skip
 TINY = {
     "teacher": TINY | dict(steps=8000, lr=3e-3, own_times=0.5),
-    "flowmap": TINY | dict(steps=3000, lr=1e-3),
-    "consistency": TINY | dict(steps=3000, lr=1e-3),
-    "onpolicy": TINY | dict(steps=600, lr=1e-4, fake_lr=1e-4, beta1=0.0, fake_steps=3, rollout_steps=(1, 2, 4),
-                            dmd_guidance=1.0),
+    "flowmap": TINY | dict(steps=4000, lr=1e-3, batch=16),
+    "consistency": TINY | dict(steps=4000, lr=1e-3, batch=16, teacher_steps=8),
+    "onpolicy": TINY | dict(steps=600, lr=2e-4, fake_lr=4e-4, batch=16, beta1=0.0, warmup=20, fake_steps=3,
+                            rollout_steps=(1, 2, 4), dmd_guidance=1.0),
 }  # fmt: skip
 
 # Preset: the network, latent frames, height and width of a clip, and the recipe of each stage.
@@ -167,7 +171,9 @@ class Shards:
                 self.shuffled = seed, epoch
                 self.order = np.random.default_rng(self.shuffled).permutation(len(self.files))
             picked.append(self.files[self.order[i]])
-        return tuple(torch.stack([file.get_slice(key)[i] for file, i in picked]).float() for key in ("latents", "text"))
+        return tuple(
+            torch.stack([file.get_slice(key)[i] for file, i in picked]).float() for key in ("latents", "text")
+        )
 
 
 def open_data(args, shape):
@@ -266,7 +272,9 @@ class Run:
     def __init__(self, nets, optimisers, folder, settings):
         self.nets, self.optimisers, self.settings = nets, optimisers, settings
         self.folder, self.step = folder / "checkpoints", 0
-        self.average = {name: p.detach().clone() for name, p in nets["student"].named_parameters() if p.requires_grad}
+        self.average = {
+            name: p.detach().clone() for name, p in nets["student"].named_parameters() if p.requires_grad
+        }
 
     def state(self):
         state = {"average": self.average}
@@ -330,7 +338,9 @@ class Run:
         decay = min(recipe.ema, (n + 1) / (n + 10)) if n >= 0 else 0.0  # it forgets faster while it is young
         params = dict(self.nets["student"].named_parameters())
         own = lambda p: p.to_local() if isinstance(p, DTensor) else p
-        torch._foreach_lerp_([own(p) for p in self.average.values()], [own(params[n]) for n in self.average], 1 - decay)
+        torch._foreach_lerp_(
+            [own(p) for p in self.average.values()], [own(params[n]) for n in self.average], 1 - decay
+        )
 
     @torch.no_grad()
     def export(self, folder, config, recipe):
@@ -378,7 +388,9 @@ def rollout(recipe, model, noise, text, chunks):
     A causal model makes it chunk by chunk as when sampling: each through the simulation, then, without gradient, into
     the cache that the next chunk sees.
     """
-    simulate = {"flowmap": anyflow.backward_simulation, "consistency": anyflow.consistency_simulation}[recipe.rollout]
+    simulate = {"flowmap": anyflow.backward_simulation, "consistency": anyflow.consistency_simulation}[
+        recipe.rollout
+    ]
     steps = recipe.rollout_steps[torch.randint(len(recipe.rollout_steps), ()).item()]
     k = torch.randint(steps, ()).item()
     grid = anyflow.time_grid(steps, recipe.shift)
@@ -420,9 +432,12 @@ def train(stage, recipe, run, data, args, config, shape, device):
             seed_with(args.seed, step, 0)
             rows = torch.arange(recipe.batch)[micro * world + rank :: world * recipe.accumulate]
             mine = lambda drawn: drawn[rows].to(device)
-            t, r = (mine(time) for time in anyflow.time_pairs(recipe.batch, recipe.shift, recipe.diffusion, recipe.endpoint))
+            t, r = (
+                mine(time)
+                for time in anyflow.time_pairs(recipe.batch, recipe.shift, recipe.diffusion, recipe.endpoint)
+            )
             tau, logit = mine(torch.rand(recipe.batch)), torch.randn(recipe.batch, 1)
-            own = torch.rand(recipe.batch, 1) < recipe.own_times
+            own = torch.rand(recipe.batch, 1) < (0.0 if causal else recipe.own_times)
             logit = torch.where(own, 1.5 * torch.randn(recipe.batch, shape[0]), logit)
             t_teacher = anyflow.shift_time(mine(logit).sigmoid(), recipe.shift)
             noise = mine(torch.randn(recipe.batch, *shape))
@@ -435,7 +450,11 @@ def train(stage, recipe, run, data, args, config, shape, device):
             x, cond = clip, dict(text=prompt)
             if causal:
                 most = len(config.chunk_partition)
-                n = min(limit, most) if torch.rand(()) < 0.5 else torch.randint(min(limit, most), most + 1, ()).item()
+                n = (
+                    min(limit, most)
+                    if torch.rand(()) < 0.5
+                    else torch.randint(min(limit, most), most + 1, ()).item()
+                )
                 chunks = config.chunk_partition[:n]
                 end, first = sum(chunks), sum(chunks[:-limit])
                 x, noise_x = clip[:, first:end], noise[:, first:end]
@@ -445,27 +464,36 @@ def train(stage, recipe, run, data, args, config, shape, device):
             common = dict(noise=noise_x, shift=recipe.shift, guidance=recipe.guidance, null=dict(text=null), **cond)
 
             if stage == "teacher":
-                t_teacher = t_teacher[:, :1].expand(x.shape[:2]) if causal else t_teacher.expand(x.shape[:2])
-                backward("loss", anyflow.flow_matching_loss(student, x, t=t_teacher, noise=noise_x, **cond))
+                times = t_teacher[:, : x.shape[1]]
+                backward("loss", anyflow.flow_matching_loss(student, x, t=times, noise=noise_x, **cond))
             elif stage == "consistency" or recipe.rollout == "consistency":
-                loss = anyflow.consistency_loss(student, teacher, x, t=tau, steps=recipe.teacher_steps, weight=weight, **common)
+                loss = anyflow.consistency_loss(
+                    student, teacher, x, t=tau, steps=recipe.teacher_steps, weight=weight, **common
+                )
                 backward("loss", loss)
             else:
                 target = teacher if recipe.target == "teacher" else None
                 options = dict(teacher=target, weight=weight, balance=recipe.balance, eps=recipe.eps)
                 backward("loss", anyflow.flow_map_loss(student, x, t=t, r=r, **options, **common))
-            if causal and stage in ("teacher", "flowmap") and step * recipe.bidirectional % 1 < recipe.bidirectional:
-                t_whole = t_teacher[:, :1].expand(clip.shape[:2])
-                backward("whole", anyflow.flow_matching_loss(student, clip, t=t_whole, noise=noise, text=prompt))
+            if (
+                causal
+                and stage in ("teacher", "flowmap")
+                and step * recipe.bidirectional % 1 < recipe.bidirectional
+            ):
+                backward("whole", anyflow.flow_matching_loss(student, clip, t=t_teacher, noise=noise, text=prompt))
 
             if stage == "onpolicy":
                 t_dmd = mine(anyflow.shift_time(torch.rand(recipe.batch), recipe.shift))
                 noise_dmd = mine(torch.randn(recipe.batch, *shape))
                 x_hat = rollout(recipe, student, noise, text, config.chunk_partition if causal else None)
+                judged, said = x_hat, dict(text=text)
+                if real.config.kind == "causal":  # judges the chunks x, each after the student's own earlier ones
+                    judged, noise_dmd = x_hat[:, first:end], noise_dmd[:, first:end]
+                    said |= dict(clean=x_hat[:, :end].detach(), chunks=chunks)
                 options = dict(guidance=recipe.dmd_guidance, null=dict(text=null))
-                dmd = anyflow.dmd_loss(x_hat, real, fake, t=t_dmd, noise=noise_dmd, text=text, **options)
+                dmd = anyflow.dmd_loss(judged, real, fake, t=t_dmd, noise=noise_dmd, **options, **said)
                 backward("dmd", recipe.dmd * dmd)
-                samples.append((x_hat.detach(), text, mine))
+                samples.append((judged.detach(), said, mine))
 
         losses = {name: over_processes(value) for name, value in losses.items()}
         bad = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]
@@ -479,11 +507,11 @@ def train(stage, recipe, run, data, args, config, shape, device):
 
         # The fake score learns the samples that the student has just been judged by: one rollout serves both.
         for i in range(recipe.fake_steps if samples else 0):
-            for x_hat, text, mine in samples:
+            for x_hat, said, mine in samples:
                 seed_with(args.seed, step, 1 + i)
                 t_fake = mine(anyflow.logit_normal_times(torch.empty(recipe.batch), recipe.shift))
-                noise_fake = mine(torch.randn(recipe.batch, *shape))
-                loss = anyflow.fake_score_loss(fake, x_hat, t=t_fake, noise=noise_fake, text=text)
+                noise_fake = mine(torch.randn(recipe.batch, *x_hat.shape[1:]))
+                loss = anyflow.fake_score_loss(fake, x_hat, t=t_fake, noise=noise_fake, **said)
                 (loss / recipe.accumulate).backward()
             losses["fake"] = over_processes(loss.detach())
             torch.nn.utils.clip_grad_norm_(fake.parameters(), recipe.clip)
@@ -517,7 +545,7 @@ def networks(stage, recipe, args, config):
     """{"student"} and, as the stage needs them, "teacher", "real" and "fake".
 
     teacher: whose velocity the target or the consistency step follows. real: who judges in the on-policy stage, by
-    default the teacher; also of a causal student it may be a bidirectional one, which sees the whole clip.
+    default the teacher; also of a causal student it may be a bidirectional one, which sees the whole clip at once.
     fake: a copy of real, in training.
     """
     torch.manual_seed(args.seed)
@@ -531,13 +559,14 @@ def networks(stage, recipe, args, config):
     if stage == "teacher" and not args.init:
         nets = {"student": new_model(replace(config, kind="teacher") if mine is whole else config)}
     else:
-        kind = "teacher" if stage == "teacher" and mine is whole else mine.kind
-        nets = {"student": load(args.init, "--init", mine, kind, before)}
+        nets = {"student": load(args.init, "--init", mine, mine.kind, before)}
     if consistency or (stage != "teacher" and recipe.target == "teacher"):
         folder = args.teacher or (args.init if stage != "onpolicy" else None)
         nets["teacher"] = load(folder, "--teacher", mine, None, ("teacher",))
         if (nets["teacher"].config.kind == "causal") != (config.kind == "causal"):
-            raise ValueError(f"--teacher {folder} is of kind {nets['teacher'].config.kind} for a student of {config.kind}")
+            raise ValueError(
+                f"--teacher {folder} is of kind {nets['teacher'].config.kind} for a student of {config.kind}"
+            )
     if stage == "onpolicy":
         for name in ("real", "fake"):
             nets[name] = load(args.real or args.teacher, "--teacher", whole, None, ("teacher",))
@@ -554,7 +583,9 @@ def parse(argv):
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--preset", choices=PRESETS, required=True)
     parser.add_argument("--out", type=Path, help="folder of the result (default out/PRESET-STAGE)")
-    parser.add_argument("--data", help="folder of shards, or the world torus or gravity (default of tiny presets: torus)")
+    parser.add_argument(
+        "--data", help="folder of shards, or the world torus or gravity (default of tiny presets: torus)"
+    )
     parser.add_argument("--init", help="model folder to start from")
     parser.add_argument("--teacher", help="model folder of the teacher (default: --init)")
     parser.add_argument("--real", help="onpolicy: model folder of the teacher that judges (default: --teacher)")
@@ -567,7 +598,9 @@ def parse(argv):
     for field in fields(Recipe):
         kind = {bool: boolean, tuple: integers}.get(field.type, field.type)
         option = f"--{field.name.replace('_', '-')}"
-        numbers.add_argument(option, type=kind, choices=CHOICES.get(field.name), metavar=field.type.__name__.upper())
+        numbers.add_argument(
+            option, type=kind, choices=CHOICES.get(field.name), metavar=field.type.__name__.upper()
+        )
     args = parser.parse_args(argv)
     args.out = args.out or Path("out") / f"{args.preset}-{args.stage}"
     args.data = args.data or ("torus" if args.preset.startswith("tiny") else None)
@@ -590,8 +623,10 @@ def integers(text):
     return tuple(positive(part) for part in text.split(","))
 
 
-def check(recipe, world):
+def check(recipe, seed, world):
     """ValueError for numbers outside their range."""
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, expected at least 0")
     for name in ("steps", "batch", "accumulate", "teacher_steps", "fake_steps"):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{name} is {getattr(recipe, name)}, expected at least 1")
@@ -610,7 +645,7 @@ def run_stage(args):
     config, shape, stages = preset(args.preset)
     given = {field.name: getattr(args, field.name) for field in fields(Recipe)}
     recipe = Recipe(**stages[args.stage] | {key: value for key, value in given.items() if value is not None})
-    check(recipe, int(os.environ.get("WORLD_SIZE", 1)))
+    check(recipe, args.seed, int(os.environ.get("WORLD_SIZE", 1)))
     data = open_data(args, shape)
     device = start_processes(args.device, recipe.dtype)
     nets = networks(args.stage, recipe, args, config)
@@ -629,7 +664,9 @@ def run_stage(args):
     if args.resume:
         run.resume()
     elif run.all():
-        raise ValueError(f"{args.out} holds an earlier run; --resume goes on with it, another --out leaves it alone")
+        raise ValueError(
+            f"{args.out} holds an earlier run; --resume goes on with it, another --out leaves it alone"
+        )
     log = args.out / "log.jsonl"
     if main_process():
         args.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Speed and memory of this model beside diffusers' in one run, alternating: only ratios need be believed.
 
     python tests/bench.py                  # forward, training step, causal generation, streaming; CPU or GPU
-    python tests/bench.py --only forward   # or memory, generation, stream
+    python tests/bench.py --only forward   # or stage1, memory, generation, stream
 
 Time is the median of --repeats alternations. Memory is the peak of a call's tensors, above what the weights hold.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import anyflow  # noqa: E402
 import sample  # noqa: E402
 from model import CLASSES, Wan, WanConfig, cached_chunk_mask  # noqa: E402
 
@@ -148,6 +149,48 @@ def generation(args):
         print(f"{f'{chunks} chunks of 64 tokens':32}{a:8.2f}s{b:10.2f}s{b / a:7.2f}x")
 
 
+def stage1(args):
+    """Training step of stage 1: as here, and as published (du/dt of every sample, + and - in forwards of their own)."""
+    model = Wan(WanConfig(kind="anyflow", **BASE)).to(DEVICE)
+    x = torch.randn(8, 5, 16, 16, 16, device=DEVICE)
+    text = torch.randn(8, 64, BASE["text_dim"], device=DEVICE)
+    null = dict(text=torch.zeros_like(text))
+
+    def published(guidance, t, r, noise, eps=0.005):
+        wide = lambda time: time[:, None, None, None, None]
+        z = anyflow.interpolate(x, noise, t)
+        u = model(z, t, r, text)
+        with torch.no_grad():
+            v = noise - x
+            if guidance != 1:
+                v = guidance * v + (1 - guidance) * model(z, t, t, **null)
+            plus, minus = (t + eps).clamp(max=1), (t - eps).clamp(min=0)
+            later = model(z + wide(plus - t) * v, plus, r, text)
+            du = (later - model(z + wide(minus - t) * v, minus, r, text)) / wide(plus - minus)
+            target = v - wide(t - r) * du
+        loss = ((u - target) / guidance).square().flatten(1).mean(1) * anyflow.time_weight(t)
+        scale = torch.where(r < t, loss[r == t].mean() / (loss + 1e-5), 1.0).detach()
+        (scale * loss).mean().backward()
+
+    def here(guidance, t, r, noise):
+        anyflow.flow_map_loss(model, x, t=t, r=r, noise=noise, guidance=guidance, null=null, text=text).backward()
+
+    print(f"{'':32}{'ours':>9}{'published':>11}{'speed':>8}   difference of the gradients")
+    for guidance in (1.0, 3.0):
+        draws = (*anyflow.time_pairs(len(x), device=DEVICE), torch.randn_like(x))
+        runs = [lambda: here(guidance, *draws), lambda: published(guidance, *draws)]
+        grads = []
+        for run in runs:
+            model.zero_grad()
+            run()
+            grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        a, b = alternate(runs, args.repeats)
+        difference = (grads[0] - grads[1]).norm() / grads[1].norm()
+        print(
+            f"{f'batch 8, guidance {guidance:g}':32}{a:8.3f}s{b:10.3f}s{b / a:7.2f}x   {difference:.1e} of their norm"
+        )
+
+
 def stream(args):
     """Time to commit a chunk: incremental, and by encoding the whole history for each, as public code does."""
     ours, _ = pair("causal")
@@ -176,13 +219,13 @@ def stream(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=["forward", "memory", "generation", "stream"])
+    parser.add_argument("--only", choices=["forward", "stage1", "memory", "generation", "stream"])
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, eager")
-    for section in (forward, memory, generation, stream):
+    for section in (forward, stage1, memory, generation, stream):
         if args.only in (None, section.__name__):
             print(f"\n{section.__doc__}")
             section(args)

@@ -82,7 +82,9 @@ def test_tracker_finds_the_start_and_every_centre(world):
 
 
 def broken(x):
-    blur = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(x.flatten(0, 1), (2, 2, 2, 2), mode="circular"), 5, 1)
+    blur = torch.nn.functional.avg_pool2d(
+        torch.nn.functional.pad(x.flatten(0, 1), (2, 2, 2, 2), mode="circular"), 5, 1
+    )
     return {
         "blurred": blur.view_as(x),
         "noisy": x + torch.randn_like(x),
@@ -141,7 +143,11 @@ def test_frechet_of_gaussians():
 def test_prompt_words():
     labels = torch.tensor([[0, 1, 3, 0]])
     assert torch.tensor(parse_prompt(describe(labels[0]))).equal(labels[0])
-    for prompt, name in (("a red disc moving left", "speed"), ("a slow fast red disc left", "speed"), ("", "colour")):
+    for prompt, name in (
+        ("a red disc moving left", "speed"),
+        ("a slow fast red disc left", "speed"),
+        ("", "colour"),
+    ):
         with pytest.raises(ValueError, match=name):
             parse_prompt(prompt)
     assert embed(labels).shape == (1, len(KINDS), 32) and not torch.equal(embed(labels)[:, 0], embed(None)[:, 0])

@@ -148,9 +148,7 @@ def sample_grid(target, samples, nfe, path, budgets=(1, 2, 4, 8, 64)):
         for axis, n in zip(row, (*budgets, None)):
             x = target if n is None else samples[name][nfe.index(n)]
             density = np.histogram2d(*x.numpy().T, bins=64, range=[[-limit, limit]] * 2)[0]
-            axis.imshow(
-                np.sqrt(density.T), origin="lower", cmap="magma", extent=(-limit, limit, -limit, limit)
-            )
+            axis.imshow(np.sqrt(density.T), origin="lower", cmap="magma", extent=(-limit, limit, -limit, limit))
             _bare(axis, limit)
             if name == names[0]:
                 axis.set_title("data" if n is None else f"{n} call{'s' * (n > 1)}", fontsize=10)
@@ -251,23 +249,21 @@ def video_quality(results, path):
 
 
 def chunks(results, path):
-    """Exposure bias: the causal models' error by chunk; the V2V error in pixels by frame."""
-    nfe = results["nfe"]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    for axis, n in zip(axes, (4, nfe[-1])):
-        for method, scores in results["methods"]["causal"].items():
-            row = scores["by_chunk"][nfe.index(n)]
-            axis.plot(range(1, len(row) + 1), row, markersize=5, **STYLE[method])
-        axis.set(xlabel="chunk (1, 2, 2, 2, 2 frames)", ylabel="better  ←  RMS / RMS of a clip",
-                 title=f"causal, {n} calls a chunk: distance to where\nthe law carries the object of frame 1")  # fmt: skip
-        axis.set_xticks(range(1, len(row) + 1))
+    """Exposure bias: how far causal streams drift, by chunk; and the error of I2V and V2V, by frame."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    for method, row in results["drift"].items():
+        axes[0].plot(range(1, len(row) + 1), row, markersize=5, **STYLE[method])
+    axes[0].set(xlabel="chunk (of 1, then 2 frames; trained on 5 chunks)", ylabel="better  ←  pixels",
+                title="streaming on from its own chunks, 4 calls each:\nerror of the object's centre")  # fmt: skip
+    axes[0].set_xticks(range(1, len(row) + 1))
     axes[0].legend(fontsize=8)
     colours = {"1 frame given": "#E69F00", "3 frames given": "#009E73", "nothing given": "#999999"}
     marks = {"1 frame given": "^", "3 frames given": "o", "nothing given": "s"}
     for name, row in results["continuation"].items():
-        axes[2].plot(range(1, len(row) + 1), row, color=colours[name], marker=marks[name], markersize=5, label=name)
-    axes[2].set(xlabel="frame", ylabel="better  ←  pixels", title="AnyFlow, causal, 4 calls a chunk:\nerror of the object's centre")
-    axes[2].legend(fontsize=8)
+        axes[1].plot(range(1, len(row) + 1), row, color=colours[name], marker=marks[name], markersize=5, label=name)
+    axes[1].set(xlabel="frame", ylabel="better  ←  pixels",
+                title="one causal model, T2V, I2V and V2V, 4 calls a chunk:\nerror of the object's centre")  # fmt: skip
+    axes[1].legend(fontsize=8)
     for axis in axes:
         axis.set_ylim(bottom=0)
         axis.title.set_fontsize(10)
@@ -284,7 +280,11 @@ def clips_by_budget(clips, nfe, prompt, path):
 
 def tasks(tasks, prompt, path):
     """GIF: one causal model continues what it is given, beside the truth. tasks: {name: (clip, true clip)}."""
-    names = {"nothing given": "T2V: nothing given", "1 frame given": "I2V: 1 frame given", "3 frames given": "V2V: 3 frames given"}
+    names = {
+        "nothing given": "T2V: nothing given",
+        "1 frame given": "I2V: 1 frame given",
+        "3 frames given": "V2V: 3 frames given",
+    }
     rows = {"made\n(4 calls)": [clip for clip, _ in tasks.values()],
             "truth": [true if name != "nothing given" else None for name, (_, true) in tasks.items()]}  # fmt: skip
     given = [0 if name == "nothing given" else int(name[0]) for name in tasks]
@@ -340,7 +340,9 @@ def write_gif(frames, path, fps=4):
 def contact_sheet(clips, path, labels=None):
     """PNG: the frames of clips (B, F, 3, H, W), one row a clip."""
     clips = rgb(clips)
-    figure, axes = plt.subplots(len(clips), clips.shape[1], figsize=(1.1 * clips.shape[1], 1.25 * len(clips)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(clips), clips.shape[1], figsize=(1.1 * clips.shape[1], 1.25 * len(clips)), squeeze=False
+    )
     for line, clip in zip(axes, clips):
         for f, (axis, frame) in enumerate(zip(line, clip)):
             axis.imshow(frame, interpolation="nearest")

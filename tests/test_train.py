@@ -1,0 +1,322 @@
+"""The training loop: that it resumes exactly, that processes share a batch, and what it says to bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from model import WEIGHTS, Wan, WanConfig
+from toy.video import World, write_shards
+
+ROOT = Path(__file__).parents[1]
+BRIEF = ["--batch", "8", "--lr", "1e-3", "--warmup", "0"]
+
+
+def run(*args):
+    train.main([str(arg) for arg in args])
+
+
+def weights(folder):
+    return load_file(folder / WEIGHTS)
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """A few steps of every stage, bidirectional and causal: {name: folder}."""
+    folder = tmp_path_factory.mktemp("story")
+    names = {name: folder / name for name in ("teacher", "forward", "anyflow", "consistency", "rcm")}
+    names |= {f"causal-{name}": folder / f"causal-{name}" for name in names}
+    for family, preset in (("", "tiny"), ("causal-", "tiny-causal")):
+        teacher, forward, anyflow, consistency, rcm = (
+            names[family + name] for name in ("teacher", "forward", "anyflow", "consistency", "rcm")
+        )
+        options = ["--preset", preset, "--steps", "4", "--save-every", "2", *BRIEF]
+        real = ["--real", names["teacher"]] if family else []
+        run("teacher", *options, "--out", teacher)
+        run("flowmap", *options, "--out", forward, "--init", teacher)
+        run("consistency", *options, "--out", consistency, "--init", teacher)
+        run("onpolicy", *options, "--out", anyflow, "--init", forward, "--teacher", teacher, *real)
+        rollout = ["--rollout", "consistency", "--teacher", teacher, *real]
+        run("onpolicy", *options, "--out", rcm, "--init", consistency, *rollout)
+    return names
+
+
+NAMES = ["teacher", "forward", "anyflow", "consistency", "rcm"]
+NAMES += [f"causal-{name}" for name in NAMES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stage_trains_and_leaves_a_model(story, name):
+    """Weights moved from where they started, and the folder opens."""
+    made = weights(story[name])
+    settings = json.loads((story[name] / "anyflow.json").read_text())
+    start = weights(Path(settings["init"])) if settings["init"] else {}
+    moved = [key for key, value in made.items() if key in start and not torch.equal(value, start[key])]
+    assert not start or len(moved) > 0.8 * len(start)
+    assert len(losses(story[name])) == 4 and (story[name] / "losses.png").exists()
+    assert Wan.from_pretrained(story[name]).config.kind == {"t": "teacher", "c": "causal"}.get(
+        name[0] if name == "teacher" or name.startswith("causal-") else "", "anyflow"
+    )
+
+
+@pytest.mark.parametrize("name", ["anyflow", "causal-rcm"])
+def test_resume_is_bit_exact(story, name, tmp_path):
+    """A run cut back to its first checkpoint goes on to the same weights and the same log, bit for bit."""
+    folder = tmp_path / "cut"
+    shutil.copytree(story[name], folder)
+    shutil.rmtree(folder / "checkpoints" / "step-0000004")
+    (folder / WEIGHTS).unlink()
+    settings = json.loads((folder / "anyflow.json").read_text())
+    options = ["--steps", "4", "--save-every", "2", *BRIEF, "--rollout", settings["rollout"]]
+    options += [
+        part for key in ("init", "teacher", "real") if settings[key] for part in (f"--{key}", settings[key])
+    ]
+    run(settings["stage"], "--preset", settings["preset"], "--out", folder, "--resume", *options)
+    made, wanted = weights(folder), weights(story[name])
+    assert all(torch.equal(made[key], wanted[key]) for key in wanted)
+    assert losses(folder) == losses(story[name])
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """The environment of a process of its own: half of the machine's threads."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_killed_run_resumes_from_its_newest_checkpoint(tmp_path, alone):
+    """SIGKILL at any instant: what is named a checkpoint is whole, and the run ends as if never killed."""
+    options = ["teacher", "--preset", "tiny", "--steps", "12", "--save-every", "1", *BRIEF, "--batch", "4"]
+    command = [sys.executable, "train.py", *options, "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list((tmp_path / "killed").glob("checkpoints/step-*")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / WEIGHTS).exists()
+    run(*options, "--out", tmp_path / "killed", "--resume")
+    run(*options, "--out", tmp_path / "whole")
+    made, wanted = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all((made[key] - wanted[key]).abs().max() < 1e-6 for key in wanted)  # one thread there, two here
+    assert len(losses(tmp_path / "killed")) == 12
+
+
+def torchrun(*args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    done = subprocess.run([*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("stage", ["flowmap", "onpolicy"])
+def test_two_processes_are_one(story, stage, tmp_path, alone):
+    """FSDP on two processes: losses and weights of one (1e-5). A batch of two leaves each process one sample, so one
+    of them has no jump to differentiate, or none at r = t to balance by."""
+    if stage == "flowmap":
+        options = ["flowmap", "--preset", "tiny", "--init", story["teacher"], "--target", "data", "--guidance", "3"]
+        options += ["--balance", "true", "--steps", "3", *BRIEF, "--batch", "2"]
+    else:
+        options = ["onpolicy", "--preset", "tiny-causal", "--init", story["causal-forward"], "--steps", "3", *BRIEF]
+        options += ["--teacher", story["causal-teacher"], "--real", story["teacher"]]
+    run(*options, "--out", tmp_path / "one")
+    torchrun(*options, "--out", tmp_path / "two")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all((one[key] - two[key]).abs().max() < 1e-5 for key in one)
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two")):
+        assert a.keys() == b.keys() and all(abs(a[key] - b[key]) < 1e-5 * max(1, abs(a[key])) for key in a)
+
+
+def test_checkpoint_of_two_processes_resumes_in_one(story, tmp_path, alone):
+    options = [
+        "flowmap",
+        "--preset",
+        "tiny",
+        "--init",
+        story["teacher"],
+        "--steps",
+        "4",
+        "--save-every",
+        "2",
+        *BRIEF,
+    ]
+    torchrun(*options, "--out", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-0000004")
+    whole = weights(tmp_path / "two")
+    run(*options, "--out", tmp_path / "two", "--resume")
+    assert all((whole[key] - value).abs().max() < 1e-5 for key, value in weights(tmp_path / "two").items())
+
+
+def test_accumulation_is_a_larger_batch(story, tmp_path):
+    """Two micro-batches of four are a batch of eight, but for rounding (and the balance, which is of a micro-batch)."""
+    options = ["flowmap", "--preset", "tiny-causal", "--init", story["causal-teacher"], "--steps", "3", *BRIEF]
+    options += ["--balance", "false"]
+    run(*options, "--out", tmp_path / "one")
+    run(*options, "--out", tmp_path / "two", "--accumulate", "2")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all((one[key] - two[key]).abs().max() < 1e-5 for key in one)
+
+
+def test_lora_bfloat16_and_checkpointing_train(story, tmp_path):
+    """The options of full scale on a small model: what is not adapted stays as it was, what is saved has no LoRA."""
+    options = ["flowmap", "--preset", "tiny", "--init", story["teacher"], "--steps", "2", *BRIEF]
+    run(*options, "--lora", "4", "--dtype", "bfloat16", "--checkpointing", "true", "--out", tmp_path / "lora")
+    made, start = weights(tmp_path / "lora"), weights(story["teacher"])
+    moved = {key for key in start if not torch.equal(made[key], start[key])}
+    assert "blocks.0.attn1.to_q.weight" in moved and "blocks.0.attn2.to_q.weight" not in moved
+    assert made["blocks.0.attn1.to_q.weight"].dtype == torch.float32
+
+
+def test_exported_weights_are_the_average():
+    """The average of weights w_1, w_2, ... that a run keeps is the recursion a <- d a + (1 - d) w, d = (n+1)/(n+10)
+    while young, and the weights themselves before ema_start."""
+    net = torch.nn.Linear(2, 1, bias=False)
+    run = train.Run({"student": net}, {}, Path("none"), {})
+    recipe, wanted = train.Recipe(ema=0.5, ema_start=2), None
+    for run.step in range(8):
+        net.weight.data = torch.randn(1, 2)
+        run.update_average(recipe)
+        n = run.step - 2
+        decay = min(0.5, (n + 1) / (n + 10)) if n >= 0 else 0.0
+        wanted = net.weight.data if wanted is None else decay * wanted + (1 - decay) * net.weight.data
+        assert torch.allclose(run.average["weight"], wanted)
+        assert n >= 0 or torch.equal(run.average["weight"], net.weight.data)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    write_shards(World(), tmp_path / "shards", 16, seed=0, size=8)
+    return tmp_path / "shards"
+
+
+def refused(*args):
+    with pytest.raises(SystemExit) as error:
+        run(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_shards_train(shards, tmp_path):
+    run("teacher", "--preset", "tiny", "--data", shards, "--steps", "3", *BRIEF, "--out", tmp_path / "out")
+    assert len(losses(tmp_path / "out")) == 3
+
+
+def test_corrupt_shard_is_named_and_skipped_only_if_asked(shards, tmp_path):
+    bad = shards / "shard-00001.safetensors"
+    bad.write_bytes(bad.read_bytes()[:1000])
+    options = ["teacher", "--preset", "tiny", "--data", shards, "--steps", "2", *BRIEF, "--out", tmp_path / "out"]
+    assert str(bad) in refused(*options)
+    run(*options, "--skip-bad-shards")
+    bad.unlink()
+    (shards / "shard-00000.safetensors").unlink()
+    assert "no clips" in refused(*options)
+    assert "no data folder" in refused(*options, "--data", tmp_path / "none")
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(shards, tmp_path):
+    clips = load_file(shards / "shard-00001.safetensors")
+    clips["latents"][:] = float("nan")
+    save_file(clips, shards / "shard-00001.safetensors")
+    options = ["teacher", "--preset", "tiny", "--data", shards, "--steps", "9", "--save-every", "1", "--batch", "1"]
+    message = refused(*options, "--out", tmp_path / "out")
+    steps = len(losses(tmp_path / "out"))
+    assert "stage teacher" in message and f"step {steps}:" in message and "nan" in message
+    kept = sorted((tmp_path / "out" / "checkpoints").glob("step-*"))
+    assert (str(kept[-1]) in message) if kept else ("no earlier checkpoint" in message)
+
+
+def test_resume_names_changed_settings(story, tmp_path):
+    shutil.copytree(story["teacher"], tmp_path / "out")
+    options = [
+        "teacher",
+        "--preset",
+        "tiny",
+        "--steps",
+        "4",
+        "--save-every",
+        "2",
+        *BRIEF,
+        "--out",
+        tmp_path / "out",
+    ]
+    message = refused(*options, "--resume", "--lr", "2e-3", "--batch", "4")
+    assert "lr 0.001 -> 0.002" in message and "batch 8 -> 4" in message
+    assert "earlier run" in refused(*options)
+    assert "no checkpoint" in refused(*options, "--resume", "--out", tmp_path / "none")
+
+
+def test_full_disk_keeps_the_old_checkpoint(story, tmp_path, monkeypatch):
+    shutil.copytree(story["teacher"], tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-0000004")
+
+    def full(*args, **options):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(train.dcp, "save", full)
+    options = [
+        "teacher",
+        "--preset",
+        "tiny",
+        "--steps",
+        "4",
+        "--save-every",
+        "2",
+        *BRIEF,
+        "--out",
+        tmp_path / "out",
+    ]
+    message = refused(*options, "--resume")
+    assert "No space left" in message and "step-0000002" in message
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-0000002"]
+
+
+def test_foreign_folders_are_named(story, tmp_path):
+    tiny = ["--preset", "tiny", "--steps", "2", *BRIEF, "--out", tmp_path / "out"]
+    assert "--init is missing" in refused("flowmap", *tiny)
+    assert "no model folder" in refused("flowmap", *tiny, "--init", tmp_path / "none")
+    assert "stage flowmap" in refused("consistency", *tiny, "--init", story["forward"])
+    assert "stage consistency" in refused(
+        "onpolicy", *tiny, "--init", story["consistency"], "--teacher", story["teacher"]
+    )
+    Wan(WanConfig(**{**train.preset("tiny")[0].__dict__, "num_layers": 2})).save_pretrained(tmp_path / "small")
+    assert "num_layers 2, expected 4" in refused("flowmap", *tiny, "--init", tmp_path / "small")
+    causal = ["--preset", "tiny-causal", "--steps", "2", *BRIEF, "--out", tmp_path / "out"]
+    assert "kind teacher" in refused("flowmap", *causal, "--init", story["teacher"])
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--batch", "7", "--accumulate", "2"], "multiple of"),
+    (["--steps", "0"], "steps is 0"),
+    (["--lr", "-1"], "lr is -1"),
+    (["--lr", "nan"], "lr is nan"),
+    (["--drop", "2"], "drop is 2"),
+    (["--seed", "-1"], "seed is -1"),
+])  # fmt: skip
+def test_numbers_out_of_range(options, words, tmp_path):
+    assert words in refused("teacher", "--preset", "tiny", "--out", tmp_path / "out", *options)
+
+
+def test_presets_carry_the_published_recipe():
+    stages = {stage: train.Recipe(**changes) for stage, changes in train.preset("wan-14b-causal")[2].items()}
+    forward, policy = stages["flowmap"], stages["onpolicy"]
+    assert (forward.steps, forward.batch, forward.lr, forward.beta2, forward.lora) == (4000, 16, 5e-5, 0.95, 256)
+    assert (policy.steps, policy.lr, policy.beta1, policy.ema) == (1200, 2e-6, 0.0, 0.99)
+    config, shape, _ = train.preset("wan-1.3b-causal")
+    assert config.kind == "causal" and sum(config.chunk_partition) == shape[0] == 21
+
+
+def test_environment_is_left_alone():
+    assert "RANK" not in os.environ and not torch.distributed.is_initialized()
