@@ -560,9 +560,9 @@ class Wan(nn.Module):
         """Load a folder, or its subfolder `transformer`.
 
         kind: "anyflow" or "causal" to start a student from a teacher, or a causal model from a bidirectional one or
-        the other way; at r = t, on a whole video, it computes what the folder's model does. new: config keys for what the folder's
-        model lacks, as chunk_partition. Returns a whole model or raises ValueError, which names the file, what it has
-        and what it lacks.
+        the other way; at r = t, on a whole video, it computes what the folder's model does. new: config keys that
+        the folder's model lacks, as chunk_partition. Returns a whole model or raises ValueError, which names the
+        file, what it has and what it lacks.
         """
         folder = Path(folder)
         if not folder.is_dir():

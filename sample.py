@@ -1,7 +1,7 @@
 """A prompt and given frames in, a video out: any number of steps, whole or chunk by chunk.
 
-    python sample.py --prompt "a fast blue cross moving up" --steps 4         # the tiny world, seconds after cloning
-    python sample.py --model FOLDER --text prompt.safetensors --out out/clip  # Wan's size: embeddings in, latents out
+    python sample.py --prompt "a fast blue cross moving up" --steps 4  # the tiny world, seconds after cloning
+    python sample.py --model FOLDER --text prompt.safetensors          # Wan's size: embeddings in, latents out
 
 Everything here is `anyflow.sample` on a network that knows which frames are given: T2V gives none, I2V the
 first latent frame, V2V the first few.

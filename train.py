@@ -2,12 +2,13 @@
 
     python train.py teacher     --preset tiny --out out/teacher                      # stage 0: flow matching
     python train.py flowmap     --preset tiny --out out/forward --init out/teacher   # stage 1: forward flow map
-    python train.py onpolicy    --preset tiny --out out/anyflow --init out/forward --teacher out/teacher    # stage 2
+    python train.py onpolicy    --preset tiny --out out/anyflow --init out/forward --teacher out/teacher  # stage 2
     python train.py consistency --preset tiny --out out/consistency --init out/teacher           # the baseline
     torchrun --nproc-per-node 8 train.py flowmap --preset wan-14b-causal --init WAN --data SHARDS --out OUT
 
-A model folder is the layout of diffusers, as input and as result. Checkpoints are in OUT/checkpoints; `--resume` goes
-on from the newest, bit for bit. Under torchrun the networks are sharded (FSDP2). Every hyperparameter is an option.
+A model folder is the layout of diffusers, as input and as result. Checkpoints are in OUT/checkpoints; `--resume`
+goes on from the newest, bit for bit. Under torchrun the networks are sharded (FSDP2). Every hyperparameter is an
+option.
 """
 
 import argparse
@@ -135,8 +136,8 @@ def preset(name):
 
 
 class Shards:
-    """A folder of safetensors files, each with `latents` (n, F, C, H, W) and `text` (n, L, text_dim) of n clips, and
-    `null.safetensors` with the null prompt, `text` (1, L, text_dim). A clip is read when it is asked for."""
+    """A folder of safetensors files, each with `latents` (n, F, C, H, W) and `text` (n, L, text_dim) of n clips,
+    and `null.safetensors` with the null prompt, `text` (1, L, text_dim). A clip is read when it is asked for."""
 
     def __init__(self, folder, shape, skip_bad=False):
         folder = Path(folder)
@@ -385,8 +386,8 @@ def wait_for_all():
 def rollout(recipe, model, noise, text, chunks):
     """The student's own clip x_hat (B, F, C, H, W), with gradient through the step being trained.
 
-    A causal model makes it chunk by chunk as when sampling: each through the simulation, then, without gradient, into
-    the cache that the next chunk sees.
+    A causal model makes it chunk by chunk as when sampling: each through the simulation, then, without gradient,
+    into the cache that the next chunk sees.
     """
     simulate = {"flowmap": anyflow.backward_simulation, "consistency": anyflow.consistency_simulation}[
         recipe.rollout
@@ -426,9 +427,9 @@ def train(stage, recipe, run, data, args, config, shape, device):
             losses[name] = losses.get(name, 0.0) + loss.detach() / recipe.accumulate
 
         for micro in range(recipe.accumulate):
-            # Every process draws the random numbers of the whole batch, from a seed of the step, and takes its rows:
-            # a run depends neither on how many processes share it nor on where it was resumed. Rows lie a stride apart,
-            # so that each process gets its share of every kind of time pair.
+            # Every process draws the random numbers of the whole batch, from a seed of the step, and takes its
+            # rows: a run depends neither on how many processes share it nor on where it was resumed. Rows lie a
+            # stride apart, so that each process gets its share of every kind of time pair.
             seed_with(args.seed, step, 0)
             rows = torch.arange(recipe.batch)[micro * world + rank :: world * recipe.accumulate]
             mine = lambda drawn: drawn[rows].to(device)

@@ -150,7 +150,7 @@ def generation(args):
 
 
 def stage1(args):
-    """Training step of stage 1: as here, and as published (du/dt of every sample, + and - in forwards of their own)."""
+    """Training step of stage 1: here, and as published (du/dt of every sample, + and - in two forwards)."""
     model = Wan(WanConfig(kind="anyflow", **BASE)).to(DEVICE)
     x = torch.randn(8, 5, 16, 16, 16, device=DEVICE)
     text = torch.randn(8, 64, BASE["text_dim"], device=DEVICE)
@@ -187,7 +187,7 @@ def stage1(args):
         a, b = alternate(runs, args.repeats)
         difference = (grads[0] - grads[1]).norm() / grads[1].norm()
         print(
-            f"{f'batch 8, guidance {guidance:g}':32}{a:8.3f}s{b:10.3f}s{b / a:7.2f}x   {difference:.1e} of their norm"
+            f"{f'batch 8, guidance {guidance:g}':32}{a:8.3f}s{b:10.3f}s{b / a:7.2f}x   {difference:.0e} of the norm"
         )
 
 

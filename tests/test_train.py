@@ -124,8 +124,8 @@ def torchrun(*args):
 
 @pytest.mark.parametrize("stage", ["flowmap", "onpolicy"])
 def test_two_processes_are_one(story, stage, tmp_path, alone):
-    """FSDP on two processes: losses and weights of one (1e-5). A batch of two leaves each process one sample, so one
-    of them has no jump to differentiate, or none at r = t to balance by."""
+    """FSDP on two processes: losses and weights of one (1e-5). A batch of two leaves each process one sample, so
+    that one of them has no jump to differentiate, or none at r = t to balance by."""
     if stage == "flowmap":
         options = ["flowmap", "--preset", "tiny", "--init", story["teacher"], "--target", "data", "--guidance", "3"]
         options += ["--balance", "true", "--steps", "3", *BRIEF, "--batch", "2"]
@@ -161,7 +161,7 @@ def test_checkpoint_of_two_processes_resumes_in_one(story, tmp_path, alone):
 
 
 def test_accumulation_is_a_larger_batch(story, tmp_path):
-    """Two micro-batches of four are a batch of eight, but for rounding (and the balance, which is of a micro-batch)."""
+    """Two micro-batches of four are a batch of eight, but for rounding (and balance, of a micro-batch)."""
     options = ["flowmap", "--preset", "tiny-causal", "--init", story["causal-teacher"], "--steps", "3", *BRIEF]
     options += ["--balance", "false"]
     run(*options, "--out", tmp_path / "one")
@@ -171,7 +171,7 @@ def test_accumulation_is_a_larger_batch(story, tmp_path):
 
 
 def test_lora_bfloat16_and_checkpointing_train(story, tmp_path):
-    """The options of full scale on a small model: what is not adapted stays as it was, what is saved has no LoRA."""
+    """Full scale's options on a small model: what is not adapted stays as it was, what is saved has no LoRA."""
     options = ["flowmap", "--preset", "tiny", "--init", story["teacher"], "--steps", "2", *BRIEF]
     run(*options, "--lora", "4", "--dtype", "bfloat16", "--checkpointing", "true", "--out", tmp_path / "lora")
     made, start = weights(tmp_path / "lora"), weights(story["teacher"])

@@ -242,7 +242,7 @@ def video_quality(results, path):
             _budget_axis(axis, nfe)
             axis.grid(alpha=0.25)
             axis.set_ylabel("better  ←  RMS / RMS of a clip")
-            axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
+            axis.set_yticks([0.05, 0.1, 0.2, 0.3, 0.5, 1.0], ["0.05", "0.1", "0.2", "0.3", "0.5", "1"])
             axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes[0, 0].legend(fontsize=8)
     _save(figure, path)
@@ -257,12 +257,11 @@ def chunks(results, path):
                 title="streaming on from its own chunks, 4 calls each:\nerror of the object's centre")  # fmt: skip
     axes[0].set_xticks(range(1, len(row) + 1))
     axes[0].legend(fontsize=8)
-    colours = {"1 frame given": "#E69F00", "3 frames given": "#009E73", "nothing given": "#999999"}
-    marks = {"1 frame given": "^", "3 frames given": "o", "nothing given": "s"}
-    for name, row in results["continuation"].items():
-        axes[1].plot(range(1, len(row) + 1), row, color=colours[name], marker=marks[name], markersize=5, label=name)
+    looks = zip(("#999999", "#E69F00", "#009E73"), "s^o")
+    for (name, row), (colour, marker) in zip(results["continuation"].items(), looks):
+        axes[1].plot(range(1, len(row) + 1), row, color=colour, marker=marker, markersize=5, label=name)
     axes[1].set(xlabel="frame", ylabel="better  ←  pixels",
-                title="one causal model, T2V, I2V and V2V, 4 calls a chunk:\nerror of the object's centre")  # fmt: skip
+                title="one causal model, every task, 4 calls a chunk:\nerror of the object's centre")  # fmt: skip
     axes[1].legend(fontsize=8)
     for axis in axes:
         axis.set_ylim(bottom=0)
@@ -273,28 +272,24 @@ def chunks(results, path):
 
 
 def clips_by_budget(clips, nfe, prompt, path):
-    """GIF: methods by rows, network calls by columns, all from one noise. clips: {method: [(F, 3, H, W) per NFE]}."""
-    rows = {STYLE[method]["label"].replace(", ", "\n").replace(" (", "\n("): row for method, row in clips.items()}
+    """GIF: methods by rows, calls by columns, all from one noise. clips: {method: [(F, 3, H, W) per NFE]}."""
+    rows = {STYLE[method]["label"].replace(", ", ",\n").replace(" (", "\n("): row for method, row in clips.items()}
     _grid_gif(rows, [f"{n} call{'s' * (n > 1)}" for n in nfe], f"“{prompt}”, same noise everywhere", path)
 
 
 def tasks(tasks, prompt, path):
-    """GIF: one causal model continues what it is given, beside the truth. tasks: {name: (clip, true clip)}."""
-    names = {
-        "nothing given": "T2V: nothing given",
-        "1 frame given": "I2V: 1 frame given",
-        "3 frames given": "V2V: 3 frames given",
+    """GIF: a causal model continues what it is given, beside the truth. tasks: {name: (clip, true clip, given)}."""
+    rows = {
+        "model\n(4 calls)": [clip for clip, _, _ in tasks.values()],
+        "truth": [true if n else None for _, true, n in tasks.values()],
     }
-    rows = {"made\n(4 calls)": [clip for clip, _ in tasks.values()],
-            "truth": [true if name != "nothing given" else None for name, (_, true) in tasks.items()]}  # fmt: skip
-    given = [0 if name == "nothing given" else int(name[0]) for name in tasks]
-    _grid_gif(rows, [names[name] for name in tasks], f"one causal model: “{prompt}”", path, given)
+    _grid_gif(rows, [*tasks], f"“{prompt}”", path, [n for _, _, n in tasks.values()])
 
 
 def _grid_gif(rows, columns, title, path, given=None, fps=4):
-    """GIF of a grid of clips, {row: [(F, 3, H, W) or None per column]}. given: frames of each column that are input."""
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(1.25 * len(columns) + 1.2, 1.3 * len(rows) + 0.7),
-                                squeeze=False, dpi=80)  # fmt: skip
+    """GIF of a grid of clips, {row: [(F, 3, H, W) or None per column]}. given: input frames of each column."""
+    size = 1.25 * len(columns) + 1, 1.3 * len(rows) + 0.8
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, layout="constrained")
     images = []
     for line, (name, clips) in zip(axes, rows.items()):
         for axis, clip, column in zip(line, clips, columns):
@@ -306,7 +301,6 @@ def _grid_gif(rows, columns, title, path, given=None, fps=4):
                 images.append((axis.imshow(rgb(clip[0]), interpolation="nearest"), rgb(clip)))
         line[0].set_ylabel(name, fontsize=8)
     clock = figure.suptitle(" ", fontsize=9)
-    figure.tight_layout(pad=0.5)
     frames = len(images[0][1])
 
     def save(part):
@@ -315,10 +309,9 @@ def _grid_gif(rows, columns, title, path, given=None, fps=4):
             for f in range(frames):
                 for image, clip in images:
                     image.set_data(clip[f])
-                clock.set_text(f"{title}   frame {f + 1} of {frames}")
-                if given:
-                    for axis, n, column in zip(axes[0], given, columns):
-                        axis.set_title(column + (" (given)" if f < n else ""), fontsize=8)
+                clock.set_text(f"{title}, frame {f + 1} of {frames}")
+                for axis, n, column in zip(axes[0], given or [], columns):
+                    axis.set_title(f"{column}\n{'given' if f < n else 'made'}", fontsize=8)
                 writer.grab_frame()
 
     write(path, save)

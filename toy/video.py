@@ -1,9 +1,12 @@
 """A video world small enough to know everything about it, and a tracker that scores any clip by its laws.
 
-One shape of one colour moves over a torus (what leaves on the right comes back on the left) at constant speed,
-or, in a second world, falls. A prompt names colour, shape, direction and speed; all that it leaves open is where the
-object starts. So the distance from a clip to the nearest clip that the world could have made of its prompt is a minimum
-over two numbers, and no learned metric is needed.
+    python -m toy.video            # measure the models in the repository: table, claims, GIFs in out/video
+    python -m toy.video --train    # train them anew first
+
+One shape of one colour moves over a torus (what leaves on the right comes back on the left) at constant speed, or,
+in a second world, falls. A prompt names colour, shape, direction and speed; all that it leaves open is where the
+object starts. So the distance from a clip to the nearest clip that the world could have made of its prompt is a
+minimum over two numbers, and no learned metric is needed.
 
 A clip is (F, 3, 12, 12): background 0, colours at -2 and 2, a unit of variance or so, as Wan's latents have.
 """
@@ -49,7 +52,10 @@ TEXT_DIM = 32
 
 
 def parse_prompt(prompt):
-    """ "a slow red disc going left" -> indices (colour, shape, direction, speed). ValueError names what is amiss."""
+    """Words, as in "a slow red disc going left", to the indices of its colour, shape, direction and speed.
+
+    ValueError names the kind of word that is missing, or that is there twice.
+    """
     words, indices = prompt.lower().replace(",", " ").split(), []
     for name, kind in zip(("colour", "shape", "direction", "speed"), KINDS):
         found = [word for word in words if word in kind]
@@ -68,7 +74,7 @@ def describe(labels):
 
 
 def embed(labels):
-    """Labels (B, 4) -> text embeddings (B, 4, 32): one fixed random vector a word. The null prompt is `embed(None)`."""
+    """Labels (B, 4) -> text (B, 4, 32): one fixed random vector a word. The null prompt is `embed(None)`."""
     table = torch.randn(len(WORDS) + 1, TEXT_DIM, generator=torch.Generator().manual_seed(0))
     if labels is None:
         return table[-1].expand(1, len(KINDS), -1).clone()
@@ -178,15 +184,15 @@ def refine(start, cost, rounds=4):
 
 
 def track(clips):
-    """What the tracker sees in clips (B, F, 3, 12, 12): one object of one colour and shape, somewhere in each frame.
+    """What the tracker sees in clips (B, F, 3, 12, 12): an object of one colour and shape, somewhere in each frame.
 
-    Returns colour (B,) and shape (B,) as indices, centre (B, F, 2) in pixels, and error (B, F): the RMS distance of a
-    frame to the nearest one that the world can render with that object, over the RMS of that one. 0 is perfect, 1 is
-    as bad as an empty frame.
+    Returns colour (B,) and shape (B,) as indices, centre (B, F, 2) in pixels, and error (B, F): the RMS distance of
+    a frame to the nearest one that the world can render with that object, over the RMS of that one. 0 is perfect,
+    1 is as bad as an empty frame.
     """
-    gains = torch.stack([torch.stack([gain(clips, c, s).flatten(2).max(2).values.sum(1) for s in range(len(SHAPES))], 1)
-                         for c in range(len(COLOURS))], 1)  # fmt: skip
-    colour, shape = gains.flatten(1).argmax(1) // len(SHAPES), gains.flatten(1).argmax(1) % len(SHAPES)
+    objects = [(c, s) for c in range(len(COLOURS)) for s in range(len(SHAPES))]
+    gains = torch.stack([gain(clips, *which).flatten(2).amax(2).sum(1) for which in objects], 1)
+    colour, shape = torch.tensor(objects)[gains.argmax(1)].unbind(1)
     centre, error = torch.zeros(*clips.shape[:2], 2), torch.zeros(clips.shape[:2])
     for c, s in {*zip(colour.tolist(), shape.tolist())}:
         rows = (colour == c) & (shape == s)
@@ -212,7 +218,7 @@ def nearest(clips, labels, world):
     for colour, shape in {*map(tuple, labels[:, :2].tolist())}:
         which = (labels[:, 0] == colour) & (labels[:, 1] == shape)
         some, label = clips[which], labels[which]
-        # Along the prompt's motion the gains of all frames belong to one start; offsets are multiples of half a pixel.
+        # Along the prompt's motion the gains of all frames are of one start; offsets are multiples of half a pixel.
         offsets = (2 * world.offsets(label, frames)).round().long()[:, :, None, None]  # (b, F, 1, 1, 2)
         at = ((2 * GRID).long() + offsets) % (2 * SIZE)
         at = (at[..., 1] * 2 * SIZE + at[..., 0]).flatten(2)
@@ -265,13 +271,15 @@ def score(clips, labels, world):
 
 
 def features(clips, tracked):
-    """(B, 12): first centre (as sines and cosines: it lives on a torus), velocity, its spread, colour, sharpness."""
+    """(B, 11): first centre (sines and cosines: it lives on a torus), velocity, its spread, colour, sharpness."""
     colour, _, centre, error = tracked
     angles = centre[:, 0] * (2 * math.pi / SIZE)
     velocity = wrap(centre.diff(dim=1))
     spread = velocity.std(1).norm(dim=1, keepdim=True)
     seen = clips.abs().amax((3, 4)).mean(1) / AMPLITUDE * torch.tensor([*COLOURS.values()])[colour]
-    return torch.cat([angles.sin(), angles.cos(), velocity.mean(1), spread, seen, 1 - error.mean(1, keepdim=True)], 1)
+    return torch.cat(
+        [angles.sin(), angles.cos(), velocity.mean(1), spread, seen, 1 - error.mean(1, keepdim=True)], 1
+    )
 
 
 @functools.cache
@@ -296,11 +304,13 @@ def frechet(a, b):
 NFE = [1, 2, 4, 8, 16, 32]  # network calls, of a causal model for each chunk
 FAMILIES = {"causal": "tiny-causal", "bidirectional": "tiny"}
 METHODS = ["teacher", "consistency", "anyflow-forward", "anyflow"]
+TASKS = {0: "T2V", 1: "I2V: 1 frame given", 3: "V2V: 3 frames given"}
 STREAM = (1, *[2] * 10)  # frames of the chunks of a long stream
 WEIGHTS = Path(__file__).parent / "weights"
 
-# Every run of `train.py`: name, stage, and what it starts from, which are names again. The causal teacher comes first: it
-# learns motion from clean past frames within minutes, the bidirectional one would take hours to tell left from right.
+# Every run of `train.py`: name, stage, and what it starts from, which are names again. The causal teacher is
+# first: it learns motion from clean past frames. A bidirectional one from random weights moved its objects left for
+# right in half of its clips after 5,000 steps.
 STORY = {
     "causal-teacher": ["teacher"],
     "bidirectional-teacher": ["teacher", "--init", "causal-teacher"],
@@ -323,8 +333,10 @@ STORY["causal-gravity"] += ["--target", "data", "--steps", "2000"]
 
 
 def train_all(folder, seed, steps):
-    """Run STORY into folder/NAME, on a CPU two stages at a time with half of the cores each. steps: of every stage, or
-    None for the preset's. RuntimeError names a stage that failed."""
+    """Run STORY into folder/NAME, on a CPU two stages at a time with half of the cores each.
+
+    steps: of every stage, or None for the preset's. RuntimeError names a stage that failed.
+    """
     waiting, running, done = dict(STORY), {}, set()
     bar = tqdm(total=len(STORY), desc="training", unit="stage", disable=None)
     at_once = 1 if torch.cuda.is_available() else 2
@@ -383,7 +395,7 @@ class Ruler:
 
     def drift(self, folder, steps=4, chunks=STREAM):
         """Exposure bias: a causal model goes on from its own chunks, here for more than twice the frames of its
-        training. Mean distance in pixels, by chunk, of the object to where the law carries it from the first 3 frames."""
+        training. Distance in pixels, by chunk, of the object to where the law takes it from the first 3 frames."""
         model, frames = Wan.from_pretrained(folder, dtype=torch.float32), sum(chunks)
         torch.manual_seed(self.seed)
         noise = torch.randn(len(self.labels), frames, *self.world.shape[1:])
@@ -395,8 +407,8 @@ class Ruler:
         return [part.mean().item() for part in error.split(chunks)]
 
     def continuation(self, folder, given, steps):
-        """One model, given the first frames of true clips: mean distance in pixels of the object's centre to the true
-        one, by frame, (F,); the clips made and the true ones."""
+        """One model, given the first frames of true clips: mean distance in pixels of the object's centre to the
+        true one, by frame, (F,); the clips made and the true ones."""
         model, sampler = Wan.from_pretrained(folder, dtype=torch.float32), sampler_of_folder(folder)
         _, start = self.world.draw(range(len(self.labels)), seed=self.seed)
         true = self.world.render(self.labels, start)
@@ -421,7 +433,7 @@ def judge(results):
         scores = results["methods"][family]
         teacher, consistency, forward, anyflow = (scores[method]["distance"] for method in METHODS)
         claim(
-            f"{family}: AnyFlow is better than its teacher at every budget up to 8 calls, no worse (5 %) at 16 and 32",
+            f"{family}: AnyFlow is better than its teacher up to 8 calls, and no worse (5 %) at 16 and 32",
             all(
                 anyflow[at[n]] < teacher[at[n]] if n <= 8 else anyflow[at[n]] <= 1.05 * teacher[at[n]] for n in NFE
             ),
@@ -461,7 +473,7 @@ def judge(results):
         growth["anyflow"] <= 2 / 3 * growth["anyflow-forward"],
         ", ".join(f"{name} {row[1]:.2f} to {row[-1]:.2f} pixels" for name, row in rows.items()),
     )
-    pixels = results["continuation"]["3 frames given"]
+    pixels = results["continuation"][TASKS[3]]
     claim(
         "causal: V2V at 4 calls keeps the object's centre within 1 pixel over the first chunk, 2 over the clip",
         max(pixels[3:5]) < 1 and max(pixels[3:]) < 2,
@@ -469,7 +481,7 @@ def judge(results):
     )
     before, after = (results["gravity"][key] for key in ("before", "after"))
     claim(
-        "continued training on a changed world halves the distance at 4 calls, and 32 calls are no worse (10 %) than 4",
+        "continued training on a changed world halves the distance at 4 calls, and 32 are no worse (10 %) than 4",
         after["distance"][at[4]] <= 0.5 * before["distance"][at[4]]
         and after["distance"][-1] <= 1.1 * after["distance"][at[4]],
         show(before["distance"], after["distance"]),
@@ -571,9 +583,9 @@ def tell(args):
             bar.update()
     results["drift"] = {method: ruler.drift(models / f"causal-{method}") for method in METHODS}
     results["continuation"] = {}
-    for given, name in ((0, "nothing given"), (1, "1 frame given"), (3, "3 frames given")):
+    for given, name in TASKS.items():
         pixels, clips, true = ruler.continuation(models / "causal-anyflow", given, 4)
-        results["continuation"][name], made[name] = pixels, (clips, true)
+        results["continuation"][name], made[name] = pixels, (clips, true, given)
     falling = Ruler(WORLDS["gravity"], args.copies, args.seed)
     before, old = falling.measure(models / "causal-anyflow")
     bar.update()
@@ -590,7 +602,7 @@ def tell(args):
     for family in FAMILIES:
         clips = {method: [x[row] for x in shown[family][method]] for method in METHODS}
         plots.clips_by_budget(clips, NFE, describe(ruler.labels[row]), args.out / f"{family}.gif")
-    tasks = {name: (clips[row], true[row]) for name, (clips, true) in made.items()}
+    tasks = {name: (clips[row], true[row], given) for name, (clips, true, given) in made.items()}
     plots.tasks(tasks, describe(ruler.labels[row]), args.out / "tasks.gif")
     print(table(results))
     for claim in results["claims"]:
