@@ -363,8 +363,9 @@ def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1
                      weight=None, **cond):
     """|| f(z_t, t) - stopgrad f(z_s, s) ||^2, z_s one Heun step of the teacher below z_t: both on one ODE path.
 
-    At s = 0, f(z, 0) = z is exact; from there the truth spreads upwards, step by step. steps: how many of them
-    divide [0, 1]. t: (B,) BEFORE the shift, uniform if not given. weight: a function of t, 1 if not given.
+    At s = 0, f(z, 0) = z is exact; from there the truth spreads upwards, step by step. (To s = 0 it is Euler's step:
+    from a clean sample nobody can tell the noise that it came from, so v(z, 0) is not the limit of v on the path.)
+    steps: how many of them divide [0, 1]. t: (B,) BEFORE the shift, uniform if not given. weight: a function of t, 1 if not given.
     """
     if not steps >= 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
@@ -374,7 +375,8 @@ def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1
     z = interpolate(x, noise, t)
     with torch.no_grad():
         v = guided(teacher, z, t, t, guidance, null, **cond)
-        v = (v + guided(teacher, z - _expand(t - s, z) * v, s, s, guidance, null, **cond)) / 2
+        later = guided(teacher, z - _expand(t - s, z) * v, s, s, guidance, null, **cond)
+        v = torch.where(_expand(s > 0, z), (v + later) / 2, v)
         target = jump(model, z - _expand(t - s, z) * v, s, 0.0, **cond)
     error = _squared_error(jump(model, z, t, 0.0, **cond), target)
     return (error if weight is None else _expand(weight(t), x) * error).mean()

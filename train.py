@@ -603,6 +603,10 @@ def parse(argv):
             option, type=kind, choices=CHOICES.get(field.name), metavar=field.type.__name__.upper()
         )
     args = parser.parse_args(argv)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     args.out = args.out or Path("out") / f"{args.preset}-{args.stage}"
     args.data = args.data or ("torus" if args.preset.startswith("tiny") else None)
     return args
