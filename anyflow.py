@@ -363,9 +363,10 @@ def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1
                      weight=None, **cond):
     """|| f(z_t, t) - stopgrad f(z_s, s) ||^2, z_s one Heun step of the teacher below z_t: both on one ODE path.
 
-    At s = 0, f(z, 0) = z is exact; from there the truth spreads upwards, step by step. (To s = 0 it is Euler's step:
-    from a clean sample nobody can tell the noise that it came from, so v(z, 0) is not the limit of v on the path.)
-    steps: how many of them divide [0, 1]. t: (B,) BEFORE the shift, uniform if not given. weight: a function of t, 1 if not given.
+    At s = 0, f(z, 0) = z is exact; from there the truth spreads upwards, step by step. To s = 0 it is Euler's step:
+    a clean sample does not tell the noise that it came from, so v(z, 0) is not the limit of v on the path.
+    steps: how many of them divide [0, 1]. t: (B,) BEFORE the shift, uniform if not given. weight: a function of t,
+    1 if not given.
     """
     if not steps >= 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
