@@ -159,7 +159,7 @@ def read_tensors(path, *names):
 
 
 def make(args):
-    """Latents (B, F, C, H, W) for the command line's options, and a label for each."""
+    """Latents (B, F, C, H, W) for the command line's options, and whether they are pixels of the tiny world."""
     model = Wan.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     made = provenance(args.model)
     tiny = str(made.get("preset")).startswith("tiny")
@@ -171,6 +171,8 @@ def make(args):
         labels = torch.tensor([parse_prompt(prompt) for prompt in args.prompt])
         text, null_text = embed(labels), embed(None).expand(len(labels), -1, -1)
         if args.given:
+            if made["data"] not in WORLDS:
+                raise ValueError(f"{args.model} was trained on {made['data']}, expected a world for --given")
             world = WORLDS[made["data"]]
             _, start = world.draw(range(len(labels)), args.seed)
             given = world.render(labels, start)[:, : args.given]
@@ -187,7 +189,7 @@ def make(args):
     shape = len(text), args.frames or frames, model.config.in_channels, args.height or height, args.width or width
     torch.manual_seed(args.seed)
     noise = torch.randn(shape).to(args.device)  # drawn on the CPU: the same video on every device
-    shift = args.shift or made.get("shift", 5.0)
+    shift = made.get("shift", 5.0) if args.shift is None else args.shift
     options = dict(shift=shift, guidance=args.guidance, null_text=null_text, context=given, chunks=args.chunks)
     options |= dict(padding=not made, sampler=args.sampler or sampler_of_folder(args.model))
     if model.config.kind != "causal":
@@ -218,7 +220,7 @@ def write(path, latents, pixels):
 
             files.append(path.with_suffix(".mp4"))
             plots.write(files[3], lambda part: imageio.imwrite(part, frames, fps=4))
-        except ImportError:
+        except (ImportError, OSError):  # no imageio, or none of its backends for MP4
             files = files[:3]
     print("wrote " + ", ".join(str(file) for file in files))
 
@@ -237,9 +239,7 @@ def main(argv=None):
     parser.add_argument(
         "--prompt", nargs="+", default=["a slow red disc moving left"], help="of the tiny world; several at once"
     )
-    parser.add_argument(
-        "--given", type=int, default=0, help="tiny world: that many true first frames (I2V: 1, V2V: 3)"
-    )
+    parser.add_argument("--given", type=positive, help="tiny world: that many true first frames (I2V: 1, V2V: 3)")
     parser.add_argument(
         "--text", help="safetensors: `text` (B, L, text_dim), perhaps `null_text`, in place of --prompt"
     )

@@ -7,8 +7,8 @@
     torchrun --nproc-per-node 8 train.py flowmap --preset wan-14b-causal --init WAN --data SHARDS --out OUT
 
 A model folder is the layout of diffusers, as input and as result. Checkpoints are in OUT/checkpoints; `--resume`
-goes on from the newest, bit for bit. Under torchrun the networks are sharded (FSDP2). Every hyperparameter is an
-option.
+goes on from the newest, on a CPU bit for bit. Under torchrun the networks are sharded (FSDP2). Every number of a
+recipe is an option.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -41,8 +42,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import anyflow
-import model as wan
-from model import Wan, add_lora, provenance
+from model import PRESETS as SIZES_OF
+from model import Wan, add_lora, provenance, read_json
 
 STAGES = ("teacher", "flowmap", "onpolicy", "consistency")
 
@@ -76,7 +77,7 @@ class Recipe:
     # stage 1
     guidance: float = 3.0  # fused into the student
     target: str = "data"  # velocity of the target: "data", or "teacher" with less variance
-    weight: str = "paper"  # of time: "paper", or "inverse" 1 / (t + 0.05), for a target without variance
+    weight: str = "paper"  # of time: "paper" (1 for consistency), or "inverse" 1 / (t + 0.05)
     balance: bool = True
     diffusion: float = 0.5  # share of r = t
     endpoint: float = 0.25  # share of r = 0
@@ -124,7 +125,7 @@ PRESETS = [*SIZES, *(f"{name}-causal" for name in SIZES)]
 def preset(name):
     """WanConfig (causal if the name says so), shape (F, C, H, W) of a clip, {stage: its changes to `Recipe`}."""
     size, frames, height, width, stages = SIZES[name.removesuffix("-causal")]
-    config = replace(wan.PRESETS[size], kind="causal" if name.endswith("-causal") else "anyflow")
+    config = replace(SIZES_OF[size], kind="causal" if name.endswith("-causal") else "anyflow")
     if size == "tiny":  # the whole of a 12 x 12 frame in one compressed patch
         config = replace(config, compressed_patch_size=(1, 12, 12), chunk_partition=(1, 2, 2, 2, 2))
     return config, (frames, config.in_channels, height, width), stages
@@ -139,8 +140,8 @@ class Shards:
     """A folder of safetensors files, each with `latents` (n, F, C, H, W) and `text` (n, L, text_dim) of n clips,
     and `null.safetensors` with the null prompt, `text` (1, L, text_dim). A clip is read when it is asked for."""
 
-    def __init__(self, folder, shape, skip_bad=False):
-        folder = Path(folder)
+    def __init__(self, folder, shape, text_dim, skip_bad=False):
+        folder, text = Path(folder), None
         if not folder.is_dir():
             raise ValueError(f"no data folder {folder}")
         self.files, self.shuffled, bad = [], None, []
@@ -150,8 +151,10 @@ class Shards:
             try:
                 file = safe_open(path, "pt")
                 sizes = [tuple(file.get_slice(key).get_shape()) for key in ("latents", "text")]
-                if sizes[0][1:] != shape or sizes[0][0] != sizes[1][0]:
-                    raise ValueError(f"latents {sizes[0]} and text {sizes[1]}, expected (n, {shape}) and (n, L, D)")
+                text = text or (sizes[1][1], text_dim)
+                if sizes[0][1:] != shape or sizes[1] != (sizes[0][0], *text):
+                    wanted = f"(n, {', '.join(map(str, shape))}) and (n, {', '.join(map(str, text))})"
+                    raise ValueError(f"latents {sizes[0]} and text {sizes[1]}, expected {wanted}")
                 self.files += [(file, i) for i in range(sizes[0][0])]
             except (SafetensorError, ValueError, OSError) as error:
                 bad.append(f"{path}: {error}")
@@ -159,9 +162,16 @@ class Shards:
             raise ValueError(f"{len(bad)} bad shard(s), the first {bad[0]}; --skip-bad-shards uses the others")
         if not self.files:
             raise ValueError(f"no clips in {folder}, expected safetensors files with latents and text")
-        if not (folder / "null.safetensors").exists():
-            raise ValueError(f"no file {folder / 'null.safetensors'}, expected the null prompt there")
-        self.null = load_file(folder / "null.safetensors")["text"].float()
+        path = folder / "null.safetensors"
+        try:
+            self.null = load_file(path)["text"].float()
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ValueError(f"{path} does not hold the null prompt, `text` (1, L, text_dim): {error}") from None
+        if self.null.shape != (1, *text):
+            raise ValueError(f"{path} has text {tuple(self.null.shape)}, expected {(1, *text)} as in the shards")
+
+    def __len__(self):
+        return len(self.files)
 
     def batch(self, positions, seed):
         """Clips by their place in an endless row of epochs, each shuffled by its own seed."""
@@ -177,7 +187,7 @@ class Shards:
         )
 
 
-def open_data(args, shape):
+def open_data(args, shape, text_dim):
     from toy.video import WORLDS
 
     if args.data in WORLDS:
@@ -187,7 +197,7 @@ def open_data(args, shape):
         return data
     if args.data is None:
         raise ValueError(f"--preset {args.preset} needs --data, a folder of shards")
-    return Shards(args.data, shape, args.skip_bad_shards)
+    return Shards(args.data, shape, text_dim, args.skip_bad_shards)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,10 +207,14 @@ def open_data(args, shape):
 
 def start_processes(device, dtype):
     """Join torchrun's processes. FSDP also does mixed precision: for that, one process is a group of its own."""
-    device = torch.device(device)
-    if "RANK" in os.environ:
+    try:
+        device = torch.device(device)
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     elif dtype != "float32":
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -238,10 +252,11 @@ def load(folder, option, config, kind, stages):
     if folder is None:
         raise ValueError(f"{option} is missing, expected a model folder of stage {' or '.join(stages)}")
     new = {key: getattr(config, key) for key in ("compressed_patch_size", "full_chunk_limit", "chunk_partition")}
-    model = Wan.from_pretrained(folder, kind, **new if kind == "causal" else {})
+    # Weights in training are float32, whatever the folder has: steps of 1e-5 are lost in bfloat16.
+    model = Wan.from_pretrained(folder, kind, dtype=torch.float32, **new if kind == "causal" else {})
     for key, wanted in asdict(config).items():
         found = getattr(model.config, key)
-        if found != wanted and key in model.config.to_dict() and key not in ("chunk_partition", "rope_max_seq_len"):
+        if found != wanted and key in model.config.to_dict() and key != "rope_max_seq_len":
             raise ValueError(f"{option} {folder} has {key} {found}, expected {wanted} as the preset")
     made = provenance(folder).get("stage")
     if made not in (None, *stages):
@@ -273,6 +288,12 @@ class Run:
     def __init__(self, nets, optimisers, folder, settings):
         self.nets, self.optimisers, self.settings = nets, optimisers, settings
         self.folder, self.step = folder / "checkpoints", 0
+        for (
+            optimiser
+        ) in optimisers.values():  # as AdamW would, at a weight's first gradient: a checkpoint needs all
+            for p in optimiser.param_groups[0]["params"]:
+                state = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
+                optimiser.state[p] = state | {"exp_avg_sq": torch.zeros_like(p)}
         self.average = {
             name: p.detach().clone() for name, p in nets["student"].named_parameters() if p.requires_grad
         }
@@ -300,7 +321,7 @@ class Run:
                 os.replace(part, self.folder / name)
                 for old in self.all()[:-2]:
                     shutil.rmtree(old)
-        except Exception as error:  # of a full disk, dcp raises its own kinds
+        except (Exception, CheckpointException) as error:  # which is no Exception
             shutil.rmtree(part, ignore_errors=True)
             raise OSError(f"cannot save {self.folder / name}: {reason(error)}; {self.newest()}") from None
         wait_for_all()
@@ -310,7 +331,7 @@ class Run:
         if not self.all():
             raise ValueError(f"--resume found no checkpoint in {self.folder}")
         newest = self.all()[-1]
-        made = wan.read_json(newest / "settings.json")
+        made = read_json(newest / "settings.json")
         changed = [f"{key} {made.get(key)!r} -> {self.settings.get(key)!r}"
                    for key in sorted(made | self.settings) if made.get(key) != self.settings.get(key)]  # fmt: skip
         if changed:
@@ -318,7 +339,7 @@ class Run:
         state = self.state()
         try:
             dcp.load(state, checkpoint_id=newest, no_dist=not dist.is_initialized())
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise ValueError(f"cannot read checkpoint {newest}: {reason(error)}") from None
         for name, optimiser in self.optimisers.items():
             options = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -340,7 +361,7 @@ class Run:
         params = dict(self.nets["student"].named_parameters())
         own = lambda p: p.to_local() if isinstance(p, DTensor) else p
         torch._foreach_lerp_(
-            [own(p) for p in self.average.values()], [own(params[n]) for n in self.average], 1 - decay
+            [own(p) for p in self.average.values()], [own(params[name]) for name in self.average], 1 - decay
         )
 
     @torch.no_grad()
@@ -383,7 +404,7 @@ def wait_for_all():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def rollout(recipe, model, noise, text, chunks):
+def rollout(recipe, model, noise, text, chunks, seed):
     """The student's own clip x_hat (B, F, C, H, W), with gradient through the step being trained.
 
     A causal model makes it chunk by chunk as when sampling: each through the simulation, then, without gradient,
@@ -394,6 +415,7 @@ def rollout(recipe, model, noise, text, chunks):
     ]
     steps = recipe.rollout_steps[torch.randint(len(recipe.rollout_steps), ()).item()]
     k = torch.randint(steps, ()).item()
+    seed_with(*seed)  # the noise that consistency returns to, of each process its own
     grid = anyflow.time_grid(steps, recipe.shift)
     if chunks is None:
         return simulate(model, noise, grid, k, text=text)
@@ -426,13 +448,27 @@ def train(stage, recipe, run, data, args, config, shape, device):
             (loss / recipe.accumulate).backward()
             losses[name] = losses.get(name, 0.0) + loss.detach() / recipe.accumulate
 
+        def update(name, *values):
+            """Clip, check, step. Returns the gradient's norm; FloatingPointError before anything is spoilt."""
+            norm = torch.nn.utils.clip_grad_norm_(nets[name].parameters(), recipe.clip)
+            norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+            if not all(map(math.isfinite, (norm, *values))):
+                found = ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
+                raise FloatingPointError(
+                    f"stage {stage}, step {step}: losses {found}, gradient's norm {norm:.4g}; {run.newest()}"
+                )
+            optimisers[name].step()
+            optimisers[name].zero_grad()
+            return norm
+
         for micro in range(recipe.accumulate):
             # Every process draws the random numbers of the whole batch, from a seed of the step, and takes its
-            # rows: a run depends neither on how many processes share it nor on where it was resumed. Rows lie a
-            # stride apart, so that each process gets its share of every kind of time pair.
+            # rows: a run does not depend on where it was resumed, nor (but for a consistency rollout) on how many
+            # processes share it. Rows lie a stride apart: each process gets its share of every kind of time pair.
             seed_with(args.seed, step, 0)
+            own_seed = args.seed, step, 1000 + micro * world + rank  # of what is drawn inside a rollout
             rows = torch.arange(recipe.batch)[micro * world + rank :: world * recipe.accumulate]
-            mine = lambda drawn: drawn[rows].to(device)
+            mine = lambda drawn, rows=rows: drawn[rows].to(device)
             t, r = (
                 mine(time)
                 for time in anyflow.time_pairs(recipe.batch, recipe.shift, recipe.diffusion, recipe.endpoint)
@@ -447,15 +483,14 @@ def train(stage, recipe, run, data, args, config, shape, device):
             null = data.null.to(device).expand_as(text)
             prompt = torch.where(dropped[:, None, None], null, text)
 
-            # x: the frames to learn from. Causal: those of the last chunks of the first n; n = 3, or as often more.
+            # x: the frames to learn from. Causal: of the first n chunks those in the window. In half of the steps n
+            # is what the window holds, in the other half any number from there up.
             x, cond = clip, dict(text=prompt)
             if causal:
                 most = len(config.chunk_partition)
-                n = (
-                    min(limit, most)
-                    if torch.rand(()) < 0.5
-                    else torch.randint(min(limit, most), most + 1, ()).item()
-                )
+                n = min(limit, most)
+                if torch.rand(()) >= 0.5:
+                    n = torch.randint(n, most + 1, ()).item()
                 chunks = config.chunk_partition[:n]
                 end, first = sum(chunks), sum(chunks[:-limit])
                 x, noise_x = clip[:, first:end], noise[:, first:end]
@@ -476,53 +511,49 @@ def train(stage, recipe, run, data, args, config, shape, device):
                 target = teacher if recipe.target == "teacher" else None
                 options = dict(teacher=target, weight=weight, balance=recipe.balance, eps=recipe.eps)
                 backward("loss", anyflow.flow_map_loss(student, x, t=t, r=r, **options, **common))
-            if (
-                causal
-                and stage in ("teacher", "flowmap")
-                and step * recipe.bidirectional % 1 < recipe.bidirectional
-            ):
+            if causal and stage in ("teacher", "flowmap") and often(recipe.bidirectional, step):
                 backward("whole", anyflow.flow_matching_loss(student, clip, t=t_teacher, noise=noise, text=prompt))
 
             if stage == "onpolicy":
                 t_dmd = mine(anyflow.shift_time(torch.rand(recipe.batch), recipe.shift))
                 noise_dmd = mine(torch.randn(recipe.batch, *shape))
-                x_hat = rollout(recipe, student, noise, text, config.chunk_partition if causal else None)
-                judged, said = x_hat, dict(text=text)
                 if real.config.kind == "causal":  # judges the chunks x, each after the student's own earlier ones
-                    judged, noise_dmd = x_hat[:, first:end], noise_dmd[:, first:end]
-                    said |= dict(clean=x_hat[:, :end].detach(), chunks=chunks)
+                    x_hat = rollout(recipe, student, noise[:, :end], text, chunks, own_seed)
+                    judged, noise_dmd = x_hat[:, first:], noise_dmd[:, first:end]
+                    said = dict(text=text, clean=x_hat.detach(), chunks=chunks)
+                else:
+                    whole = config.chunk_partition if causal else None
+                    judged = rollout(recipe, student, noise, text, whole, own_seed)
+                    said = dict(text=text)
                 options = dict(guidance=recipe.dmd_guidance, null=dict(text=null))
                 dmd = anyflow.dmd_loss(judged, real, fake, t=t_dmd, noise=noise_dmd, **options, **said)
                 backward("dmd", recipe.dmd * dmd)
                 samples.append((judged.detach(), said, mine))
 
-        losses = {name: over_processes(value) for name, value in losses.items()}
-        bad = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        if bad or not math.isfinite(norm):
-            found = ", ".join(bad) or f"the gradient's norm is {norm}"
-            raise FloatingPointError(f"stage {stage}, step {step}: {found}; {run.newest()}")
-        optimisers["student"].step()
-        optimisers["student"].zero_grad()
+        for name in losses:
+            losses[name] = over_processes(losses[name])
+        norm = update("student", *losses.values())
 
         # The fake score learns the samples that the student has just been judged by: one rollout serves both.
         for i in range(recipe.fake_steps if samples else 0):
+            losses["fake"] = 0.0
             for x_hat, said, mine in samples:
                 seed_with(args.seed, step, 1 + i)
                 t_fake = mine(anyflow.logit_normal_times(torch.empty(recipe.batch), recipe.shift))
                 noise_fake = mine(torch.randn(recipe.batch, *x_hat.shape[1:]))
-                loss = anyflow.fake_score_loss(fake, x_hat, t=t_fake, noise=noise_fake, **said)
-                (loss / recipe.accumulate).backward()
-            losses["fake"] = over_processes(loss.detach())
-            torch.nn.utils.clip_grad_norm_(fake.parameters(), recipe.clip)
-            optimisers["fake"].step()
-            optimisers["fake"].zero_grad()
+                backward("fake", anyflow.fake_score_loss(fake, x_hat, t=t_fake, noise=noise_fake, **said))
+            losses["fake"] = over_processes(losses["fake"])
+            update("fake", losses["fake"])
 
         run.update_average(recipe)
         run.step += 1
         lr = optimisers["student"].param_groups[0]["lr"]
         yield {"step": run.step, **losses, "norm": norm, "lr": lr, "seconds": time.perf_counter() - start}
+
+
+def often(share, step):
+    """Whether this step is one of the share of all steps, evenly spread."""
+    return int((step + 1) * share + 1e-9) > int(step * share + 1e-9)
 
 
 def seed_with(*numbers):
@@ -542,40 +573,53 @@ def over_processes(loss):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def networks(stage, recipe, args, config):
-    """{"student"} and, as the stage needs them, "teacher", "real" and "fake".
+# From which stages each stage may start.
+BEFORE = {
+    "teacher": ("teacher",),
+    "flowmap": ("teacher", "flowmap", "onpolicy"),
+    "onpolicy": ("flowmap", "onpolicy"),
+    "consistency": ("teacher",),
+}
+
+
+def networks(stage, recipe, args, config, prepare):
+    """{"student"} and, as the stage needs them, "teacher", "real" and "fake", each by `prepare` as soon as loaded.
 
     teacher: whose velocity the target or the consistency step follows. real: who judges in the on-policy stage, by
-    default the teacher; also of a causal student it may be a bidirectional one, which sees the whole clip at once.
+    default the teacher; of a causal student it may be a bidirectional one, which sees the whole clip at once.
     fake: a copy of real, in training.
     """
     torch.manual_seed(args.seed)
-    whole = replace(config, kind="anyflow")
-    mine, consistency = config if config.kind == "causal" else whole, stage == "consistency"
-    if stage == "onpolicy":
-        consistency = recipe.rollout == "consistency"
-        before = ("consistency",) if consistency else ("flowmap", "onpolicy")
-    else:
-        before = {"flowmap": ("teacher", "flowmap", "onpolicy")}.get(stage, ("teacher",))
+    nets, causal = {}, config.kind == "causal"
+    baseline = stage == "consistency" or (stage == "onpolicy" and recipe.rollout == "consistency")
+    before = ("consistency",) if stage == "onpolicy" and baseline else BEFORE[stage]
     if stage == "teacher" and not args.init:
-        nets = {"student": new_model(replace(config, kind="teacher") if mine is whole else config)}
-    else:
-        nets = {"student": load(args.init, "--init", mine, mine.kind, before)}
-    if consistency or (stage != "teacher" and recipe.target == "teacher"):
-        folder = args.teacher or (args.init if stage != "onpolicy" else None)
-        nets["teacher"] = load(folder, "--teacher", mine, None, ("teacher",))
-        if (nets["teacher"].config.kind == "causal") != (config.kind == "causal"):
+        if recipe.lora:
             raise ValueError(
-                f"--teacher {folder} is of kind {nets['teacher'].config.kind} for a student of {config.kind}"
+                f"lora is {recipe.lora}, expected 0 without --init: random weights must all be trained"
             )
+        student = new_model(config if causal else replace(config, kind="teacher"))
+    else:
+        # A bidirectional teacher keeps the kind of its folder; a causal one's becomes bidirectional.
+        kind = None if stage == "teacher" and not causal else config.kind
+        student = load(args.init, "--init", config, kind, before)
+        if kind is None and student.config.kind == "causal":
+            student = load(args.init, "--init", config, config.kind, before)
+    nets["student"] = prepare(student, trained=True)
+    if baseline or (stage != "teacher" and recipe.target == "teacher"):
+        folder = args.teacher or (args.init if stage != "onpolicy" else None)
+        teacher = load(folder, "--teacher", config, None, ("teacher",))
+        if (teacher.config.kind == "causal") != causal:
+            kinds = f"is of kind {teacher.config.kind} for a student of kind {config.kind}"
+            raise ValueError(f"--teacher {folder} {kinds}, expected both causal or neither")
+        nets["teacher"] = prepare(teacher, trained=False)
     if stage == "onpolicy":
+        option = "--real" if args.real else "--teacher"
         for name in ("real", "fake"):
-            nets[name] = load(args.real or args.teacher, "--teacher", whole, None, ("teacher",))
-    for name, net in nets.items():
-        if name in ("teacher", "real"):
-            net.requires_grad_(False)
-        elif recipe.lora:
-            add_lora(net, recipe.lora, recipe.lora)
+            judge = load(args.real or args.teacher, option, config, None, ("teacher",))
+            if judge.config.kind == "causal" and not causal:
+                raise ValueError(f"{option} {args.real or args.teacher} is causal, expected a bidirectional judge")
+            nets[name] = prepare(judge, trained=name == "fake")
     return nets
 
 
@@ -603,10 +647,6 @@ def parse(argv):
             option, type=kind, choices=CHOICES.get(field.name), metavar=field.type.__name__.upper()
         )
     args = parser.parse_args(argv)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     args.out = args.out or Path("out") / f"{args.preset}-{args.stage}"
     args.data = args.data or ("torus" if args.preset.startswith("tiny") else None)
     return args
@@ -635,12 +675,19 @@ def check(recipe, seed, world):
     for name in ("steps", "batch", "accumulate", "teacher_steps", "fake_steps"):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{name} is {getattr(recipe, name)}, expected at least 1")
+    for name in ("warmup", "ema_start", "lora", "dmd", "dmd_guidance"):
+        if not 0 <= getattr(recipe, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(recipe, name)}, expected at least 0")
     for name in ("lr", "fake_lr", "clip", "shift", "guidance", "eps"):
         if not 0 < getattr(recipe, name) < math.inf:
             raise ValueError(f"{name} is {getattr(recipe, name)}, expected a number above 0")
     for name in ("beta1", "beta2", "ema", "drop", "decay", "own_times", "diffusion", "endpoint", "bidirectional"):
         if not 0 <= getattr(recipe, name) <= 1:
             raise ValueError(f"{name} is {getattr(recipe, name)}, expected a number in [0, 1]")
+    if recipe.diffusion + recipe.endpoint > 1:
+        raise ValueError(
+            f"diffusion and endpoint are {recipe.diffusion} and {recipe.endpoint}, expected a sum up to 1"
+        )
     if recipe.batch % (world * recipe.accumulate):
         shares = f"{world} process(es) x {recipe.accumulate} micro-batch(es)"
         raise ValueError(f"batch is {recipe.batch}, expected a multiple of {shares}")
@@ -651,32 +698,42 @@ def run_stage(args):
     given = {field.name: getattr(args, field.name) for field in fields(Recipe)}
     recipe = Recipe(**stages[args.stage] | {key: value for key, value in given.items() if value is not None})
     check(recipe, args.seed, int(os.environ.get("WORLD_SIZE", 1)))
-    data = open_data(args, shape)
+    data = open_data(args, shape, config.text_dim)
     device = start_processes(args.device, recipe.dtype)
-    nets = networks(args.stage, recipe, args, config)
-    nets = {name: shard(net, recipe, device) for name, net in nets.items()}
+
+    def prepare(net, trained):
+        if not trained:
+            net.requires_grad_(False)
+        elif recipe.lora:
+            add_lora(net, recipe.lora, recipe.lora)
+        return shard(net, recipe, device)
+
+    nets = networks(args.stage, recipe, args, config, prepare)
     optimisers = {}
     for name, lr in (("student", recipe.lr), ("fake", recipe.fake_lr)):
         if name in nets:
             weights = [p for p in nets[name].parameters() if p.requires_grad]
             betas = (recipe.beta1, recipe.beta2)
             optimisers[name] = torch.optim.AdamW(weights, lr, betas, weight_decay=0.0, fused=True)
-    places = {key: str(getattr(args, key) or "") for key in ("init", "teacher", "real", "data")}
+    places = {key: str(Path(getattr(args, key)).resolve()) if getattr(args, key) else "" for key in FOLDERS}
+    places |= {"data": args.data, "clips": len(data) if isinstance(data, Shards) else None}
     settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, **places, **asdict(recipe)}
     settings |= {"shape": list(shape), "rollout_steps": list(recipe.rollout_steps)}
 
     run = Run(nets, optimisers, args.out, settings)
     if args.resume:
         run.resume()
-    elif run.all():
+    elif run.all() or (args.out / "config.json").exists():
         raise ValueError(
-            f"{args.out} holds an earlier run; --resume goes on with it, another --out leaves it alone"
+            f"{args.out} holds an earlier run or a model; --resume goes on with a run, another --out leaves it"
         )
     log = args.out / "log.jsonl"
     if main_process():
         args.out.mkdir(parents=True, exist_ok=True)
         kept = log.read_text().splitlines()[: run.step] if args.resume and log.exists() else []
-        log.write_text("".join(f"{line}\n" for line in kept))
+        part = args.out / ".log.jsonl.part"
+        part.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(part, log)
     bar = tqdm(total=recipe.steps, initial=run.step, desc=f"{args.preset} {args.stage}", mininterval=1,
                disable=None if main_process() else True)  # fmt: skip
     with open(log if main_process() else os.devnull, "a") as lines:
@@ -697,6 +754,7 @@ def run_stage(args):
         print(f"weights in {args.out}")
 
 
+FOLDERS = ("init", "teacher", "real")
 LOSSES = {
     "loss": "of the stage",
     "whole": "flow matching of the whole clip",
@@ -709,7 +767,7 @@ def main(argv=None):
     args = parse(argv)
     try:
         run_stage(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, SafetensorError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; --resume goes on from the last checkpoint")

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import sample
 import train
 from model import WEIGHTS, Wan, WanConfig
-from toy.video import World, write_shards
+from toy.video import World, parse_prompt, write_shards
 
 ROOT = Path(__file__).parents[1]
 BRIEF = ["--batch", "8", "--lr", "1e-3", "--warmup", "0"]
@@ -160,6 +162,25 @@ def test_checkpoint_of_two_processes_resumes_in_one(story, tmp_path, alone):
     assert all((whole[key] - value).abs().max() < 1e-5 for key, value in weights(tmp_path / "two").items())
 
 
+def test_accumulated_rollouts_are_a_larger_batch(story, tmp_path):
+    options = ["onpolicy", "--preset", "tiny", "--init", story["forward"], "--teacher", story["teacher"], *BRIEF]
+    options += ["--steps", "2", "--balance", "false"]
+    run(*options, "--out", tmp_path / "one")
+    run(*options, "--out", tmp_path / "two", "--accumulate", "2")
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two")):
+        assert all(abs(a[key] - b[key]) < 1e-5 for key in a)
+
+
+def test_bfloat16_folder_trains_in_float32(story, tmp_path):
+    """Small steps on bfloat16 weights would be rounded away."""
+    Wan.from_pretrained(story["teacher"], dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    options = ["flowmap", "--preset", "tiny", "--steps", "2", *BRIEF, "--lr", "1e-6"]
+    run(*options, "--init", tmp_path / "half", "--out", tmp_path / "out")
+    made, start = weights(tmp_path / "out"), weights(tmp_path / "half")
+    assert made["proj_out.weight"].dtype == torch.float32
+    assert not torch.equal(made["proj_out.weight"], start["proj_out.weight"].float())
+
+
 def test_accumulation_is_a_larger_batch(story, tmp_path):
     """Two micro-batches of four are a batch of eight, but for rounding (and balance, of a micro-batch)."""
     options = ["flowmap", "--preset", "tiny-causal", "--init", story["causal-teacher"], "--steps", "3", *BRIEF]
@@ -194,6 +215,25 @@ def test_exported_weights_are_the_average():
         wanted = net.weight.data if wanted is None else decay * wanted + (1 - decay) * net.weight.data
         assert torch.allclose(run.average["weight"], wanted)
         assert n >= 0 or torch.equal(run.average["weight"], net.weight.data)
+
+
+def test_sample_writes_a_clip_that_goes_on_from_given_frames(story, tmp_path):
+    """V2V from the command line: latents, GIF and contact sheet; the given frames are true ones, and unchanged."""
+    prompts = ["a slow red disc moving left", "a fast blue cross moving up"]
+    options = ["--model", str(story["causal-anyflow"]), "--given", "3", "--steps", "2", "--seed", "5"]
+    sample.main([*options, "--prompt", *prompts, "--out", str(tmp_path / "clip")])
+    clip = load_file(tmp_path / "clip.safetensors")["latents"]
+    assert clip.shape == (2, 9, 3, 12, 12) and (tmp_path / "clip.png").exists()
+    labels = torch.tensor([parse_prompt(prompt) for prompt in prompts])
+    assert torch.equal(clip[:, :3], World().render(labels, World().draw(range(2), 5)[1])[:, :3])
+    assert Image.open(tmp_path / "clip.gif").n_frames == 9
+
+
+def test_folders_name_their_sampler(story):
+    """What trained a model decides how it is sampled: by Euler steps, by jumps, or by re-noising."""
+    names = {name: sample.sampler_of_folder(story[name]) for name in NAMES[:5]}
+    wanted = {"teacher": "euler", "forward": None, "anyflow": None}
+    assert names == wanted | {"consistency": "consistency", "rcm": "consistency"}
 
 
 @pytest.fixture
@@ -283,6 +323,19 @@ def test_full_disk_keeps_the_old_checkpoint(story, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-0000002"]
 
 
+def test_broken_checkpoint_is_named(story, tmp_path):
+    shutil.copytree(story["teacher"], tmp_path / "out")
+    for part in (tmp_path / "out" / "checkpoints" / "step-0000004").glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[:100])
+    options = ["--preset", "tiny", "--steps", "4", "--save-every", "2", *BRIEF, "--out", tmp_path / "out"]
+    assert "cannot read checkpoint" in refused("teacher", *options, "--resume")
+
+
+def test_models_are_not_overwritten(story):
+    options = ["flowmap", "--preset", "tiny", "--init", story["teacher"], "--out", story["forward"]]
+    assert "earlier run or a model" in refused(*options)
+
+
 def test_foreign_folders_are_named(story, tmp_path):
     tiny = ["--preset", "tiny", "--steps", "2", *BRIEF, "--out", tmp_path / "out"]
     assert "--init is missing" in refused("flowmap", *tiny)
@@ -295,6 +348,9 @@ def test_foreign_folders_are_named(story, tmp_path):
     assert "num_layers 2, expected 4" in refused("flowmap", *tiny, "--init", tmp_path / "small")
     causal = ["--preset", "tiny-causal", "--steps", "2", *BRIEF, "--out", tmp_path / "out"]
     assert "kind teacher" in refused("flowmap", *causal, "--init", story["teacher"])
+    bidirectional = ["--init", story["forward"], "--teacher", story["teacher"], "--real", story["causal-teacher"]]
+    assert "bidirectional judge" in refused("onpolicy", *tiny, *bidirectional)
+    assert "lora is 4" in refused("teacher", *tiny, "--lora", "4")
 
 
 @pytest.mark.parametrize("options, words", [

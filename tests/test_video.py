@@ -6,6 +6,7 @@ import torch
 from toy.video import (
     KINDS,
     SIZE,
+    TEXT_DIM,
     WORLDS,
     World,
     describe,
@@ -156,7 +157,7 @@ def test_prompt_words():
 def test_shards_hold_the_worlds_clips(tmp_path):
     world = World()
     write_shards(world, tmp_path, 10, seed=2, size=4)
-    data = Shards(tmp_path, world.shape)
+    data = Shards(tmp_path, world.shape, TEXT_DIM)
     x, text = data.batch(range(10), seed=0)
     y, prompts = world.batch(range(10), seed=2)
     order = [(clip - y).flatten(1).norm(dim=1).argmin().item() for clip in x]

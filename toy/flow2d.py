@@ -196,9 +196,7 @@ def train(density, methods, steps, batch, exact_teacher):
     # The paper's w(t), made for the data's velocity with its variance, does.
     def flow_map_loss(model, _=None):
         weight = lambda t: 1 / (t + 0.05)
-        return anyflow.flow_map_loss(
-            model, density.sample(batch), teacher=velocity, weight=weight, balance=False
-        )
+        return anyflow.flow_map_loss(model, density.sample(batch), teacher=velocity, weight=weight, balance=False)
 
     def consistency_loss(model, progress):  # finer teacher steps as training goes on: first fast, then exact
         weight = lambda t: 1 / (t + 0.05) ** 2
@@ -207,9 +205,7 @@ def train(density, methods, steps, batch, exact_teacher):
         )
 
     if "consistency" in methods:
-        nets["consistency"], seconds["consistency"] = fit(
-            "consistency", student(), consistency_loss, steps, 2e-3
-        )
+        nets["consistency"], seconds["consistency"] = fit("consistency", student(), consistency_loss, steps, 2e-3)
     if "anyflow-forward" in methods or "anyflow" in methods:
         nets["anyflow-forward"], seconds["anyflow-forward"] = fit(
             "anyflow-forward", student(), flow_map_loss, steps, 2e-3
@@ -234,9 +230,7 @@ def train(density, methods, steps, batch, exact_teacher):
             return 4 * dmd + flow_map_loss(model)
 
         forward, few = student(nets["anyflow-forward"]), max(1, steps // 5)
-        nets["anyflow"], seconds["anyflow"] = fit(
-            "anyflow", forward, on_policy_loss, few, 3e-4, (0.0, 0.999), 0.99
-        )
+        nets["anyflow"], seconds["anyflow"] = fit("anyflow", forward, on_policy_loss, few, 3e-4, (0.0, 0.999), 0.99)
     return nets, seconds
 
 
@@ -378,15 +372,11 @@ def positive(text):
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m toy.flow2d", description=__doc__.split("\n\n")[0])
     parser.add_argument("--density", choices=DENSITIES, default="checkerboard")
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=METHODS, help="teacher is always one"
-    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="teacher is always one")
     parser.add_argument(
         "--exact-teacher", action="store_true", help="distil the closed-form velocity, not the trained one"
     )
-    parser.add_argument(
-        "--seeds", type=positive, default=1, help="how many seeds; results are medians over them"
-    )
+    parser.add_argument("--seeds", type=positive, default=1, help="how many seeds; results are medians over them")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument(
         "--steps",

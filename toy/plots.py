@@ -330,7 +330,7 @@ def write_gif(frames, path, fps=4):
     first.save(path, save_all=True, append_images=others, duration=1000 // fps, loop=0)
 
 
-def contact_sheet(clips, path, labels=None):
+def contact_sheet(clips, path):
     """PNG: the frames of clips (B, F, 3, H, W), one row a clip."""
     clips = rgb(clips)
     figure, axes = plt.subplots(
@@ -341,7 +341,5 @@ def contact_sheet(clips, path, labels=None):
             axis.imshow(frame, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"frame {f + 1}" if line is axes[0] else "", fontsize=7)
-    for line, label in zip(axes, labels or []):
-        line[0].set_ylabel(label, fontsize=6)
     figure.tight_layout(pad=0.3)
     _save(figure, path)

@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from model import Wan
+from model import Wan, provenance
 from sample import generate, sampler_of_folder
 from toy import plots
 
@@ -243,7 +242,8 @@ def score(clips, labels, world):
 
     distance     to the nearest clip of the world for this prompt, see `nearest`          0 is best
     sharp        share of frames within 0.4 of one that the world can render              1
-    physics      share of clips whose every velocity is within 1 pixel a frame of the law 1
+    physics      share of clips that move, with every velocity, gravity undone, within 1
+                 pixel a frame of their median                                            1
     colour, shape, direction, speed: share that have those of the prompt                  1
     diversity    mean distance of two clips' first centres, over that of uniform ones     1
     frechet      distance to the world's clips in `features`                              0
@@ -335,10 +335,12 @@ STORY["causal-gravity"] += ["--target", "data", "--steps", "2000"]
 def train_all(folder, seed, steps):
     """Run STORY into folder/NAME, on a CPU two stages at a time with half of the cores each.
 
-    steps: of every stage, or None for the preset's. RuntimeError names a stage that failed.
+    steps: of every stage, or None for the preset's. What an interrupted training has finished is kept, what it had
+    begun is resumed. RuntimeError names a stage that failed.
     """
-    waiting, running, done = dict(STORY), {}, set()
-    bar = tqdm(total=len(STORY), desc="training", unit="stage", disable=None)
+    done = {name for name in STORY if provenance(folder / name)}
+    waiting, running = {name: options for name, options in STORY.items() if name not in done}, {}
+    bar = tqdm(total=len(STORY), initial=len(done), desc="training", unit="stage", disable=None)
     at_once = 1 if torch.cuda.is_available() else 2
     threads = str(max(1, (os.cpu_count() or 1) // at_once))
     try:
@@ -350,6 +352,7 @@ def train_all(folder, seed, steps):
                     options = [str(folder / option) if option in needs else option for option in options]
                     command = [sys.executable, "train.py", stage, *options, "--out", str(folder / name)]
                     command += ["--seed", str(seed), *(["--steps", str(steps)] if steps else [])]
+                    command += ["--resume"] if [*(folder / name).glob("checkpoints/step-*")] else []
                     with open(folder / f"{name}.txt", "w") as out:
                         environment = os.environ | {"OMP_NUM_THREADS": threads}
                         running[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
@@ -357,7 +360,7 @@ def train_all(folder, seed, steps):
                 if process.poll() is not None:
                     del running[name]
                     if process.returncode:
-                        raise RuntimeError(f"stage {name}: {(folder / f'{name}.txt').read_text().splitlines()[-1]}")
+                        raise RuntimeError(f"stage {name} failed, see {folder / f'{name}.txt'}")
                     done.add(name)
                     bar.update()
             bar.set_postfix_str(", ".join(running))
@@ -501,7 +504,9 @@ def table(results):
     lines.append(f"{'':32}" + "".join(f"{name:>10}" for name in names))
     for family, methods in results["methods"].items():
         for method, scores in methods.items():
-            lines.append(f"{family + ' ' + method:32}" + "".join(f"{scores[name][2]:10.2f}" for name in names))
+            lines.append(
+                f"{family + ' ' + method:32}" + "".join(f"{scores[name][NFE.index(4)]:10.2f}" for name in names)
+            )
     return "\n".join(lines)
 
 
@@ -514,7 +519,11 @@ def keep(folder, target):
     """The weights of STORY in bfloat16, small enough for a repository."""
     for name in STORY:
         Wan.from_pretrained(folder / name, dtype=torch.bfloat16).save_pretrained(target / name)
-        shutil.copy(folder / name / "anyflow.json", target / name)
+        made = provenance(folder / name)
+        made |= {
+            key: Path(made[key]).name for key in ("init", "teacher", "real")
+        }  # not where they lay on this machine
+        plots.write(target / name / "anyflow.json", lambda path: path.write_text(json.dumps(made, indent=1) + "\n"))
 
 
 def write_shards(world, folder, clips, seed, size=1024):
@@ -561,13 +570,12 @@ def main(argv=None):
 
 def tell(args):
     begin = time.perf_counter()
+    args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     models = args.weights or WEIGHTS
     if args.train:
         models = args.out / "models"
-        if models.exists():
-            raise ValueError(f"{models} holds an earlier training; choose another --out, or remove it")
-        models.mkdir()
+        models.mkdir(exist_ok=True)
         train_all(models, args.seed, args.steps)
     trained = time.perf_counter() - begin
     if args.keep:
@@ -587,9 +595,9 @@ def tell(args):
         pixels, clips, true = ruler.continuation(models / "causal-anyflow", given, 4)
         results["continuation"][name], made[name] = pixels, (clips, true, given)
     falling = Ruler(WORLDS["gravity"], args.copies, args.seed)
-    before, old = falling.measure(models / "causal-anyflow")
+    before, _ = falling.measure(models / "causal-anyflow")
     bar.update()
-    after, new = falling.measure(models / "causal-gravity")
+    after, _ = falling.measure(models / "causal-gravity")
     bar.update()
     bar.close()
     results["gravity"] = {"before": before, "after": after}
