@@ -112,7 +112,7 @@ TINY = {
     "teacher": TINY | dict(steps=8000, lr=3e-3, own_times=0.5),
     "flowmap": TINY | dict(steps=4000, lr=1e-3, batch=16),
     "consistency": TINY | dict(steps=4000, lr=1e-3, batch=16, teacher_steps=8),
-    "onpolicy": TINY | dict(steps=600, lr=2e-4, fake_lr=4e-4, batch=16, beta1=0.0, warmup=20, fake_steps=3,
+    "onpolicy": TINY | dict(steps=1000, lr=2e-4, fake_lr=4e-4, batch=16, beta1=0.0, warmup=20, fake_steps=3,
                             rollout_steps=(1, 2, 4), dmd_guidance=1.0),
 }  # fmt: skip
 

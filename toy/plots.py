@@ -291,12 +291,12 @@ def _grid_gif(rows, columns, title, path, given=None, fps=4):
     size = 1.25 * len(columns) + 1, 1.3 * len(rows) + 0.8
     figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, layout="constrained")
     images = []
+    for axis, column in zip(axes[0], columns):
+        axis.set_title(column, fontsize=8)
     for line, (name, clips) in zip(axes, rows.items()):
-        for axis, clip, column in zip(line, clips, columns):
+        for axis, clip in zip(line, clips):
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-            if line is axes[0]:
-                axis.set_title(column, fontsize=8)
             if clip is not None:
                 images.append((axis.imshow(rgb(clip[0]), interpolation="nearest"), rgb(clip)))
         line[0].set_ylabel(name, fontsize=8)
@@ -337,9 +337,11 @@ def contact_sheet(clips, path):
         len(clips), clips.shape[1], figsize=(1.1 * clips.shape[1], 1.25 * len(clips)), squeeze=False
     )
     for line, clip in zip(axes, clips):
-        for f, (axis, frame) in enumerate(zip(line, clip)):
+        for axis, frame in zip(line, clip):
             axis.imshow(frame, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            axis.set_title(f"frame {f + 1}" if line is axes[0] else "", fontsize=7)
+            axis.spines[:].set_visible(False)
+    for f, axis in enumerate(axes[0]):
+        axis.set_title(f"frame {f + 1}", fontsize=8)
     figure.tight_layout(pad=0.3)
     _save(figure, path)
