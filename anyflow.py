@@ -361,10 +361,10 @@ def consistency_sample(model, noise, steps, *, shift=1.0, path=False, **cond):
 
 def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1.0, guidance=1.0, null=None,
                      weight=None, **cond):
-    """|| f(z_t, t) - stopgrad f(z_s, s) ||^2, z_s one Heun step of the teacher below z_t: both on one ODE path.
+    """|| f(z_t, t) - stopgrad f(z_s, s) ||^2, z_s one midpoint step of the teacher below z_t: both on one ODE path.
 
-    At s = 0, f(z, 0) = z is exact; from there the truth spreads upwards, step by step. To s = 0 it is Euler's step:
-    a clean sample does not tell the noise that it came from, so v(z, 0) is not the limit of v on the path.
+    At s = 0, f(z, 0) = z is exact; from there the truth spreads upwards, step by step. Heun's step would ask for
+    v(z, s) at s near 0, where it is not the limit of v on the path: a clean sample does not tell its noise.
     steps: how many of them divide [0, 1]. t: (B,) BEFORE the shift, uniform if not given. weight: a function of t,
     1 if not given.
     """
@@ -376,8 +376,8 @@ def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1
     z = interpolate(x, noise, t)
     with torch.no_grad():
         v = guided(teacher, z, t, t, guidance, null, **cond)
-        later = guided(teacher, z - _expand(t - s, z) * v, s, s, guidance, null, **cond)
-        v = torch.where(_expand(s > 0, z), (v + later) / 2, v)
+        middle = (t + s) / 2
+        v = guided(teacher, z - _expand(t - middle, z) * v, middle, middle, guidance, null, **cond)
         target = jump(model, z - _expand(t - s, z) * v, s, 0.0, **cond)
     error = _squared_error(jump(model, z, t, 0.0, **cond), target)
     return (error if weight is None else _expand(weight(t), x) * error).mean()

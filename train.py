@@ -91,7 +91,7 @@ class Recipe:
     fake_lr: float = 2e-6
     fake_steps: int = 1  # updates of the fake score for one of the student
     # baseline
-    teacher_steps: int = 50  # Heun steps that divide [0, 1]
+    teacher_steps: int = 50  # midpoint steps that divide [0, 1]
     # machine
     lora: int = 256  # rank, with alpha = rank; 0 trains all weights
     dtype: str = "bfloat16"  # of forwards and backwards; weights and sums over processes stay float32
