@@ -9,6 +9,7 @@ first latent frame, V2V the first few.
 
 import argparse
 import functools
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -190,6 +191,8 @@ def make(args):
     torch.manual_seed(args.seed)
     noise = torch.randn(shape).to(args.device)  # drawn on the CPU: the same video on every device
     shift = made.get("shift", 5.0) if args.shift is None else args.shift
+    if not 0 <= args.guidance < math.inf:
+        raise ValueError(f"guidance is {args.guidance}, expected a number of at least 0")
     options = dict(shift=shift, guidance=args.guidance, null_text=null_text, context=given, chunks=args.chunks)
     options |= dict(padding=not made, sampler=args.sampler or sampler_of_folder(args.model))
     if model.config.kind != "causal":

@@ -554,10 +554,10 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/video"))
     args = parser.parse_args(argv)
-    for name in ("steps", "clips", "copies"):
+    for name, least in (("steps", 1), ("clips", 1), ("copies", 1), ("seed", 0)):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}, expected at least 1")
+        if value is not None and value < least:
+            parser.error(f"--{name} is {value}, expected at least {least}")
     try:
         if args.write_shards:
             write_shards(WORLDS[args.world], args.write_shards, args.clips, args.seed)
