@@ -239,11 +239,13 @@ def video_quality(results, path):
         column[0].set_title(f"{family}\nquality: distance to the nearest clip of the world", fontsize=10)
         column[1].set_title(f"same noise: distance to the own {nfe[-1]}-call clip", fontsize=10)
         for axis in column:
+            lowest, highest = axis.dataLim.intervaly
             _budget_axis(axis, nfe)
             axis.grid(alpha=0.25)
             axis.set_ylabel("better  ←  RMS / RMS of a clip")
             axis.set_yticks([0.05, 0.1, 0.2, 0.3, 0.5, 1.0], ["0.05", "0.1", "0.2", "0.3", "0.5", "1"])
             axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            axis.set_ylim(0.8 * lowest, 1.25 * highest)
     axes[0, 0].legend(fontsize=8)
     _save(figure, path)
 
@@ -292,7 +294,7 @@ def _grid_gif(rows, columns, title, path, given=None, fps=4):
     figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, layout="constrained")
     images = []
     for axis, column in zip(axes[0], columns):
-        axis.set_title(column, fontsize=8)
+        axis.set_title(column + ("\n" if given else ""), fontsize=8)
     for line, (name, clips) in zip(axes, rows.items()):
         for axis, clip in zip(line, clips):
             axis.set(xticks=[], yticks=[])
@@ -302,6 +304,8 @@ def _grid_gif(rows, columns, title, path, given=None, fps=4):
         line[0].set_ylabel(name, fontsize=8)
     clock = figure.suptitle(" ", fontsize=9)
     frames = len(images[0][1])
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # once for all frames
 
     def save(part):
         writer = PillowWriter(fps=fps)

@@ -550,7 +550,7 @@ def main(argv=None):
     )
     parser.add_argument("--world", choices=WORLDS, default="torus", help="of --write-shards")
     parser.add_argument("--clips", type=int, default=4096, help="of --write-shards")
-    parser.add_argument("--copies", type=int, default=2, help="clips of each prompt that are measured")
+    parser.add_argument("--copies", type=int, default=1, help="clips of each prompt that are measured")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/video"))
     args = parser.parse_args(argv)
