@@ -1,9 +1,10 @@
 """One training loop for every stage and every size: a tiny video world on a laptop, Wan 14B on a cluster.
 
-    python train.py teacher     --preset tiny --out out/teacher                      # stage 0: flow matching
-    python train.py flowmap     --preset tiny --out out/forward --init out/teacher   # stage 1: forward flow map
-    python train.py onpolicy    --preset tiny --out out/anyflow --init out/forward --teacher out/teacher  # stage 2
-    python train.py consistency --preset tiny --out out/consistency --init out/teacher           # the baseline
+    P="--preset tiny-causal"
+    python train.py teacher     $P --out out/teacher                                           # 0: flow matching
+    python train.py flowmap     $P --out out/forward --init out/teacher                        # 1: flow map
+    python train.py onpolicy    $P --out out/anyflow --init out/forward --teacher out/teacher  # 2: on-policy
+    python train.py consistency $P --out out/consistency --init out/teacher                    # the baseline
     torchrun --nproc-per-node 8 train.py flowmap --preset wan-14b-causal --init WAN --data SHARDS --out OUT
 
 A model folder is the layout of diffusers, as input and as result. Checkpoints are in OUT/checkpoints; `--resume`
@@ -288,9 +289,8 @@ class Run:
     def __init__(self, nets, optimisers, folder, settings):
         self.nets, self.optimisers, self.settings = nets, optimisers, settings
         self.folder, self.step = folder / "checkpoints", 0
-        for (
-            optimiser
-        ) in optimisers.values():  # as AdamW would, at a weight's first gradient: a checkpoint needs all
+        # As AdamW would at a weight's first gradient: a checkpoint needs the state of all, had they one yet or not.
+        for optimiser in optimisers.values():
             for p in optimiser.param_groups[0]["params"]:
                 state = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
                 optimiser.state[p] = state | {"exp_avg_sq": torch.zeros_like(p)}
@@ -410,9 +410,8 @@ def rollout(recipe, model, noise, text, chunks, seed):
     A causal model makes it chunk by chunk as when sampling: each through the simulation, then, without gradient,
     into the cache that the next chunk sees.
     """
-    simulate = {"flowmap": anyflow.backward_simulation, "consistency": anyflow.consistency_simulation}[
-        recipe.rollout
-    ]
+    baseline = recipe.rollout == "consistency"
+    simulate = anyflow.consistency_simulation if baseline else anyflow.backward_simulation
     steps = recipe.rollout_steps[torch.randint(len(recipe.rollout_steps), ()).item()]
     k = torch.randint(steps, ()).item()
     seed_with(*seed)  # the noise that consistency returns to, of each process its own

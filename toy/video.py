@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from model import Wan, provenance
+from model import Wan, provenance, read_json
 from sample import generate, sampler_of_folder
 from toy import plots
 
@@ -318,13 +318,8 @@ STORY = {
 for family in FAMILIES:
     start = ["--init", f"{family}-teacher"]
     STORY[f"{family}-anyflow-forward"] = ["flowmap", *start]
-    STORY[f"{family}-anyflow"] = [
-        "onpolicy",
-        "--init",
-        f"{family}-anyflow-forward",
-        "--teacher",
-        f"{family}-teacher",
-    ]
+    STORY[f"{family}-anyflow"] = ["onpolicy", "--init", f"{family}-anyflow-forward"]
+    STORY[f"{family}-anyflow"] += ["--teacher", f"{family}-teacher"]
     STORY[f"{family}-consistency"] = ["consistency", *start]
 STORY["causal-anyflow"] += ["--real", "bidirectional-teacher"]  # which judges whole clips, so drift too
 STORY = {name: [*stage, "--preset", FAMILIES[name.split("-")[0]]] for name, stage in STORY.items()}
@@ -337,8 +332,13 @@ def train_all(folder, seed, steps):
     """Run STORY into folder/NAME, on a CPU two stages at a time with half of the cores each.
 
     steps: of every stage, or None for the preset's. What an interrupted training has finished is kept, what it had
-    begun is resumed. RuntimeError names a stage that failed.
+    begun is resumed; ValueError if that was with other settings. RuntimeError names a stage that failed.
     """
+    folder.mkdir(exist_ok=True)
+    settings, path = {"seed": seed, "steps": steps}, folder / "story.json"
+    if path.exists() and read_json(path) != settings:
+        raise ValueError(f"{folder} holds a training of {read_json(path)}, expected {settings} or another --out")
+    plots.write(path, lambda part: part.write_text(json.dumps(settings) + "\n"))
     done = {name for name in STORY if provenance(folder / name)}
     waiting, running = {name: options for name, options in STORY.items() if name not in done}, {}
     bar = tqdm(total=len(STORY), initial=len(done), desc="training", unit="stage", disable=None)
@@ -576,7 +576,6 @@ def tell(args):
     models = args.weights or WEIGHTS
     if args.train:
         models = args.out / "models"
-        models.mkdir(exist_ok=True)
         train_all(models, args.seed, args.steps)
     trained = time.perf_counter() - begin
     if args.keep:
