@@ -1,26 +1,35 @@
-"""A prompt and given frames in, a video out: any number of steps, whole or chunk by chunk.
+"""A prompt, an image or the start of a video in, a video out: any number of steps, whole or chunk by chunk.
 
-    python sample.py --prompt "a fast blue cross moving up" --steps 4  # the tiny world, seconds after cloning
-    python sample.py --model FOLDER --text prompt.safetensors          # Wan's size: embeddings in, latents out
+    python sample.py --prompt "a fast blue cross moving up" --steps 4                    # the tiny world
+    python sample.py --model FOLDER --prompt "a cat on a skateboard" --out cat.mp4       # Wan 2.1, AnyFlow
+    python sample.py --model FOLDER --prompt "it rolls away" --image cat.jpg --out cat.mp4
+    python sample.py --model FOLDER --prompts vbench.txt --videos 5 --out videos         # <prompt>-<i>.mp4
 
 Everything here is `anyflow.sample` on a network that knows which frames are given: T2V gives none, I2V the
-first latent frame, V2V the first few.
+first latent frame, V2V the first few. A published folder brings its VAE and text encoder, which diffusers and
+transformers run; without them, embeddings go in (--text) and latents come out.
 """
 
 import argparse
 import functools
+import html
+import importlib
+import importlib.util
 import math
+import re
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import anyflow
-from model import Wan, provenance
+from model import Wan, provenance, read_json
 
 TINY = Path(__file__).parent / "toy" / "weights" / "causal-anyflow"
 
@@ -141,6 +150,136 @@ def check_context(context, noise):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Pixels and prompts at full scale: the VAE and the text encoder of a published folder
+# ------------------------------------------------------------------------------------------------------------
+
+
+FPS = 16  # of Wan
+INSTALL = "pip install diffusers==0.42.1 transformers accelerate imageio imageio-ffmpeg"
+
+
+def optional(module, purpose):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{purpose} needs {module} ({error}): {INSTALL}") from None
+
+
+def part_of(folder, name):
+    """The subfolder of a published folder; ValueError where it is missing."""
+    if not (Path(folder) / name).is_dir():
+        raise ValueError(
+            f"{folder} has no {name}, expected a published folder: transformer, vae, text_encoder, tokenizer"
+        )
+    return Path(folder) / name
+
+
+def clean_prompt(prompt):
+    """As the published pipelines do: mend encodings (where ftfy is installed), unescape HTML, single spaces."""
+    if importlib.util.find_spec("ftfy"):
+        prompt = importlib.import_module("ftfy").fix_text(prompt)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
+@torch.no_grad()
+def encode_prompts(folder, prompts, device="cpu", dtype=torch.float32, length=512):
+    """Embeddings (n, length, text_dim), zero after a prompt's end, by the folder's UMT5, which is then let go: at
+    XXL size (11 GB in bfloat16) it need not share the memory with the network."""
+    folders = part_of(folder, "tokenizer"), part_of(folder, "text_encoder")
+    transformers = optional("transformers", "a prompt")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
+    encoder = transformers.UMT5EncoderModel.from_pretrained(folders[1], dtype=dtype).to(device)
+    texts = []
+    for prompt in tqdm(prompts, desc="prompts", disable=None if len(prompts) > 8 else True):
+        tokens = tokenizer(
+            clean_prompt(prompt), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+        texts.append((encoder(ids, mask).last_hidden_state * mask[..., None]).cpu())
+    return torch.cat(texts)
+
+
+class VAE:
+    """Wan's: pixels (B, F, 3, H, W) in [0, 1] <-> latents (B, f, C, h, w), normalised per channel. The first latent
+    frame stands for one frame, every other for `stride[0]`; a latent covers stride[1] x stride[1] pixels."""
+
+    def __init__(self, folder, device="cpu"):
+        folder = part_of(folder, "vae")
+        diffusers = optional("diffusers", "a video in pixels")
+        self.model = diffusers.AutoencoderKLWan.from_pretrained(folder).to(device, torch.float32).eval()
+        config = self.model.config
+        wide = lambda values: torch.tensor(values, device=device).view(-1, 1, 1, 1)
+        self.mean, self.std = wide(config.latents_mean), wide(config.latents_std)
+        self.device, self.stride = device, (config.scale_factor_temporal, config.scale_factor_spatial)
+
+    @torch.no_grad()
+    def encode(self, video):
+        moments = self.model.encode(2 * video.transpose(1, 2).to(self.device) - 1).latent_dist
+        return ((moments.mode() - self.mean) / self.std).transpose(1, 2)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        latents = latents.float().to(self.device).transpose(1, 2) * self.std + self.mean
+        return (self.model.decode(latents).sample / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+
+
+def fit(frame, height, width):
+    """An image (h, w, 3) of 0 to 255 -> (3, height, width) in [0, 1], its middle where the aspect differs; and what
+    was used of it, or None for all."""
+    h, w = frame.shape[:2]
+    scale = min(h / height, w / width)
+    cut = min(h, round(height * scale)), min(w, round(width * scale))
+    top, left = (h - cut[0]) // 2, (w - cut[1]) // 2
+    x = torch.from_numpy(frame[top : top + cut[0], left : left + cut[1]].copy()).permute(2, 0, 1)[None] / 255
+    if cut != (height, width):
+        x = F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return x[0], None if cut == (h, w) else f"{cut[1]} x {cut[0]} of {w} x {h}"
+
+
+def read_image(path, height, width):
+    """(1, 3, height, width) in [0, 1], and what was used of it, as `fit`. ValueError for what is no image."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            frame, cut = fit(np.array(ImageOps.exif_transpose(image).convert("RGB")), height, width)
+    except OSError as error:
+        raise ValueError(f"{path} is no image that can be read: {str(error).splitlines()[0]}") from None
+    return frame[None], cut
+
+
+def read_video(path, frames, height, width, fps=FPS):
+    """The first frames at `fps`, (frames, 3, height, width) in [0, 1], and what was used of them, as `fit`.
+
+    ValueError for what is no video, or too short."""
+    if not Path(path).is_file():
+        raise ValueError(f"no file {path}")
+    imageio = optional("imageio.v3", "a video file")
+    optional("imageio_ffmpeg", "a video file")
+    read, cut = [], None
+    try:
+        own = imageio.immeta(path, plugin="FFMPEG")["fps"]
+        wanted = [
+            round(i * own / fps) for i in range(frames)
+        ]  # frames may repeat where fps is above the file's own
+        for i, frame in enumerate(imageio.imiter(path, plugin="FFMPEG")):
+            if i in wanted[len(read) :]:
+                picture, cut = fit(frame, height, width)
+                read += [picture] * wanted.count(i)
+            if len(read) == frames:
+                break
+    except (OSError, RuntimeError, KeyError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is no video that ffmpeg can read: {reason(error)}") from None
+    if len(read) < frames:
+        raise ValueError(f"{path} has {len(read)} frames at {fps} frames a second, expected {frames}")
+    return torch.stack(read), cut
+
+
+def reason(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
@@ -159,73 +298,230 @@ def read_tensors(path, *names):
     return tensors
 
 
-def make(args):
-    """Latents (B, F, C, H, W) for the command line's options, and whether they are pixels of the tiny world."""
-    model = Wan.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device)
-    made = provenance(args.model)
-    tiny = str(made.get("preset")).startswith("tiny")
-    frames, _, height, width = made.get("shape", (21, 16, 60, 104))
-    given = None
-    if tiny and args.text is None:
-        from toy.video import WORLDS, embed, parse_prompt
+class Folder:
+    """A model folder: the network, and what leads from prompts and pixels to its inputs and back.
 
-        labels = torch.tensor([parse_prompt(prompt) for prompt in args.prompt])
-        text, null_text = embed(labels), embed(None).expand(len(labels), -1, -1)
-        if args.given:
-            if made["data"] not in WORLDS:
-                raise ValueError(f"{args.model} was trained on {made['data']}, expected a world for --given")
-            world = WORLDS[made["data"]]
-            _, start = world.draw(range(len(labels)), args.seed)
-            given = world.render(labels, start)[:, : args.given]
-    elif args.text is None:
-        raise ValueError(f"{args.model} reads prompts as embeddings; name a file of them with --text")
+    A published folder has a text encoder and a VAE beside the network; one of `train.py` has the network alone. In
+    the tiny world a prompt is a row of labels, and a latent is a pixel.
+    """
+
+    def __init__(self, path, device):
+        self.path, self.device, self.made = path, device, provenance(path)
+        self.tiny = str(self.made.get("preset")).startswith("tiny")
+        self.model = Wan.from_pretrained(path)  # on the CPU, as stored, until the text encoder has gone
+        scheduler = Path(path) / "scheduler" / "scheduler_config.json"
+        config = read_json(scheduler) if scheduler.exists() else {}
+        self.shift = self.made.get("shift", config.get("shift", config.get("flow_shift", 5.0)))
+        frames = sum(self.model.config.chunk_partition)  # 21
+        self.shape = tuple(self.made.get("shape", (frames, 16, 60, 104)))  # of latents
+        self.stride, self.fps = ((1, 1), 4) if self.tiny else ((4, 8), FPS)
+        self.vae, self.known = None, {}
+
+    def open_vae(self):
+        if not self.tiny:
+            self.vae = VAE(self.path, self.device)
+            self.stride = self.vae.stride
+
+    def latent_size(self, frames, height, width):
+        """(F, h, w) for numbers of frames and pixels; None stands for what the model was trained for."""
+        f, _, h, w = self.shape
+        if frames is not None:
+            f, rest = divmod(frames - 1, self.stride[0])
+            f += 1
+            if rest:
+                raise ValueError(f"frames are {frames}, expected 1 more than a multiple of {self.stride[0]}")
+        for size in (height, width):
+            if size is not None and size % self.stride[1]:
+                raise ValueError(f"height or width is {size}, expected a multiple of {self.stride[1]}")
+        return f, height // self.stride[1] if height else h, width // self.stride[1] if width else w
+
+    def encode(self, prompts, dtype):
+        if not self.tiny:
+            self.known = dict(zip(prompts, encode_prompts(self.path, prompts, self.device, dtype).split(1)))
+
+    def text(self, prompt):
+        """(1, L, text_dim). ValueError for what the tiny world cannot make."""
+        if not self.tiny:
+            return self.known[prompt]
+        from toy.video import embed, parse_prompt
+
+        return embed(torch.tensor([parse_prompt(prompt)]) if prompt else None)
+
+    def true_frames(self, prompt, frames, seed):
+        """How a clip of the tiny world begins: (1, frames, C, H, W)."""
+        from toy.video import WORLDS, parse_prompt
+
+        if self.made.get("data") not in WORLDS:
+            raise ValueError("--given needs --video, or a model of the tiny world and a --prompt")
+        world = WORLDS[self.made["data"]]
+        return world.render(torch.tensor([parse_prompt(prompt)]), world.draw(range(1), seed)[1])[:, :frames]
+
+    def pixels(self, latents):
+        """uint8 (F, H, W, 3), the clips of a batch side by side."""
+        if self.tiny:
+            from toy import plots
+
+            return plots.enlarge(latents)
+        video = torch.cat(list(self.vae.decode(latents)), -1).cpu()
+        return (255 * video).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+FORMATS = (".mp4", ".gif", ".png", ".safetensors")
+
+
+def check_writer():
+    """ValueError where no MP4 can be written."""
+    optional("imageio.v3", "an MP4 file")
+    try:
+        optional("imageio_ffmpeg", "an MP4 file").get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise ValueError(f"an MP4 file needs ffmpeg: {reason(error)}; --out FILE.gif does without") from None
+
+
+def formats_of(args, folder):
+    """The endings to write: of --out; else all in the tiny world, an MP4 for prompts, latents for embeddings."""
+    if args.out.suffix in FORMATS:
+        formats = [args.out.suffix]
+    elif folder.tiny:
+        formats = [ending for ending in FORMATS if ending != ".mp4" or importlib.util.find_spec("imageio_ffmpeg")]
     else:
-        prompt = read_tensors(args.text, "text")
-        text, null_text = prompt["text"], prompt.get("null_text")
-    if args.given and (given is None or args.context):
-        raise ValueError("--given needs a model of the tiny world and a --prompt; else name a file with --context")
-    if args.context:
-        given = read_tensors(args.context, "latents")["latents"]
-    text, null_text, given = (x if x is None else x.to(args.device) for x in (text, null_text, given))
-    shape = len(text), args.frames or frames, model.config.in_channels, args.height or height, args.width or width
-    torch.manual_seed(args.seed)
-    noise = torch.randn(shape).to(args.device)  # drawn on the CPU: the same video on every device
-    shift = made.get("shift", 5.0) if args.shift is None else args.shift
-    if not 0 <= args.guidance < math.inf:
-        raise ValueError(f"guidance is {args.guidance}, expected a number of at least 0")
-    options = dict(shift=shift, guidance=args.guidance, null_text=null_text, context=given, chunks=args.chunks)
-    options |= dict(padding=not made, sampler=args.sampler or sampler_of_folder(args.model))
-    if model.config.kind != "causal":
-        return generate(model, text, noise, args.steps, **options).float().cpu(), tiny
-    parts, bar = [], tqdm(total=shape[1], unit="frame", disable=None)
-    for chunk in stream(model, text, noise, args.steps, **options):
-        parts.append(chunk.float().cpu())
-        bar.update(chunk.shape[1])
-    bar.close()
-    return torch.cat(parts, 1), tiny
+        formats = [".safetensors" if args.text else ".mp4"]
+    if ".mp4" in formats:
+        check_writer()
+    return formats
 
 
-def write(path, latents, pixels):
-    """Latents in a safetensors file; of a model in pixel space, also a GIF and a contact sheet, and an MP4 where
-    imageio is installed. Each is written beside, then renamed."""
+def write(stem, formats, latents, pixels, fps):
+    """Files stem + ending, written beside, then renamed: latents (B, F, C, H, W), pixels uint8 (F, H, W, 3)."""
     from toy import plots
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.with_suffix(".safetensors")]
-    plots.write(files[0], lambda part: save_file({"latents": latents.contiguous()}, part))
-    if pixels:
-        frames = plots.enlarge(latents)
-        files += [path.with_suffix(".gif"), path.with_suffix(".png")]
-        plots.write(files[1], lambda part: plots.write_gif(frames, part))
-        plots.contact_sheet(latents, files[2])
-        try:
-            import imageio.v3 as imageio
+    def mp4(part):
+        import imageio.v3 as imageio
 
-            files.append(path.with_suffix(".mp4"))
-            plots.write(files[3], lambda part: imageio.imwrite(part, frames, fps=4))
-        except (ImportError, OSError):  # no imageio, or none of its backends for MP4
-            files = files[:3]
-    print("wrote " + ", ".join(str(file) for file in files))
+        imageio.imwrite(part, pixels, plugin="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=2)
+
+    savers = {
+        ".safetensors": lambda part: save_file({"latents": latents.contiguous()}, part),
+        ".gif": lambda part: plots.write_gif(pixels, part, fps),
+        ".png": lambda part: plots.contact_sheet(pixels, part),
+        ".mp4": mp4,
+    }
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for ending in formats:
+        plots.write(f"{stem}{ending}", savers[ending])
+    return ", ".join(f"{stem}{ending}" for ending in formats)
+
+
+def jobs_of(args, formats):
+    """[(prompt, seed, stem)] of what to make: one clip at --out, or several in that folder, named as by VBench."""
+    if args.text:
+        return [(None, args.seed, args.out.with_suffix("") if args.out.suffix in FORMATS else args.out)]
+    prompts = args.prompt
+    if args.prompts:
+        try:
+            prompts = [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts {args.prompts} cannot be read: {error}") from None
+        if not prompts:
+            raise ValueError(f"--prompts {args.prompts} has no prompt, expected one in each line")
+    if not any(map(str.strip, prompts)):
+        raise ValueError("--prompt is empty, expected some words")
+    if len(prompts) == 1 and not args.prompts and args.videos is None:
+        return [(prompts[0], args.seed, args.out.with_suffix("") if args.out.suffix in FORMATS else args.out)]
+    if args.out.suffix in FORMATS or args.out.is_file():
+        raise ValueError(f"--out {args.out} is a file, expected a folder for several clips")
+    jobs = []
+    for prompt in dict.fromkeys(prompts):
+        name = prompt.replace("/", "_").encode()[:200].decode(errors="ignore")  # a file's name has 255 bytes
+        jobs += [(prompt, args.seed + i, args.out / f"{name}-{i}") for i in range(args.videos or 1)]
+    kept = [job for job in jobs if not all(Path(f"{job[2]}{ending}").exists() for ending in formats)]
+    if len(kept) < len(jobs):
+        print(f"{len(jobs) - len(kept)} of {len(jobs)} are there already")
+    return kept
+
+
+def given_frames(args, folder, size):
+    """Latents (1, f, C, h, w) that the command line gives for every clip, or None."""
+    if args.context:
+        return read_tensors(args.context, "latents")["latents"]
+    if not args.image and not args.video:
+        return None
+    if folder.tiny:
+        raise ValueError("--image and --video need a published folder, found a model of the tiny world")
+    height, width = (side * folder.stride[1] for side in size[1:])
+    if args.image:
+        video, cut = read_image(args.image, height, width)
+    else:
+        frames = args.given or 6 * folder.stride[0] + 1
+        if (frames - 1) % folder.stride[0]:
+            raise ValueError(f"--given is {frames}, expected 1 more than a multiple of {folder.stride[0]}")
+        video, cut = read_video(args.video, frames, height, width)
+    if cut:
+        print(f"{args.image or args.video}: of another aspect than {width} x {height}, used the middle, {cut}")
+    return folder.vae.encode(video[None])
+
+
+def run(args):
+    """All of the command line's clips. Raises ValueError; OSError and RuntimeError where it cannot go on."""
+    folder, dtype = Folder(args.model, args.device), getattr(torch, args.dtype)
+    formats = formats_of(args, folder)
+    jobs = jobs_of(args, formats)
+    if not jobs:
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=args.out.parent):  # an unwritable place is found before the work, not after it
+        pass
+    if formats != [".safetensors"] or args.image or args.video:
+        folder.open_vae()
+    size = folder.latent_size(args.frames, args.height, args.width)
+    context = given_frames(args, folder, size)
+    stored = read_tensors(args.text, "text") if args.text else {}
+    if not stored:
+        folder.encode(list(dict.fromkeys([job[0] for job in jobs] + [args.negative])), dtype)
+    model = folder.model.to(args.device, dtype)
+    if args.compile:
+        for block in model.blocks:
+            block.compile()
+    if not 0 <= args.guidance < math.inf:
+        raise ValueError(f"guidance is {args.guidance}, expected a number of at least 0")
+    options = dict(shift=folder.shift if args.shift is None else args.shift, guidance=args.guidance)
+    options |= dict(
+        chunks=args.chunks, padding=not folder.made, sampler=args.sampler or sampler_of_folder(args.model)
+    )
+
+    def make(prompt, seed, stem):
+        text = stored["text"] if stored else folder.text(prompt)
+        null = stored.get("null_text") if stored else folder.text(args.negative).expand_as(text)
+        given = context
+        if given is None and args.given:
+            given = folder.true_frames(prompt, args.given, seed)
+        text, null, given = (x if x is None else x.to(args.device, dtype) for x in (text, null, given))
+        # As the published pipelines draw it, on the CPU: a seed gives the same video there and on every device.
+        shape = len(text), model.config.in_channels, *size
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).transpose(1, 2)
+        torch.manual_seed(seed)
+        with tqdm(desc=stem.name, unit="call", disable=None) as bar:
+            counter = model.register_forward_hook(lambda *_: bar.update())
+            try:
+                latents = generate(
+                    model, text, noise.to(args.device, dtype), args.steps, null_text=null, context=given, **options
+                )
+            finally:
+                counter.remove()
+        pixels = folder.pixels(latents.float().cpu()) if formats != [".safetensors"] else None
+        print("wrote " + write(stem, formats, latents.float().cpu(), pixels, folder.fps))
+
+    failed = []
+    for job in jobs:
+        try:
+            make(*job)
+        except (ValueError, OSError, RuntimeError) as error:
+            if len(jobs) == 1:
+                raise
+            failed.append(f"{job[2].name}: {told(error, args.device)}")
+            print(f"failed: {failed[-1]}", file=sys.stderr)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(jobs)} clips failed: {'; '.join(failed)}")
 
 
 def positive(text):
@@ -234,49 +530,58 @@ def positive(text):
     return int(text)
 
 
+def told(error, device):
+    """One sentence for an error."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return reason(error)
+    card = torch.cuda.get_device_properties(device)
+    has = f"out of memory on {card.name}, {card.total_memory / 2**30:.0f} GiB"
+    return f"{has}: fewer --frames or --dtype bfloat16 need less, and `python train.py plan` says what fits"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--model", default=str(TINY), help="model folder (default: the tiny causal one in the repository)"
-    )
-    parser.add_argument(
-        "--prompt", nargs="+", default=["a slow red disc moving left"], help="of the tiny world; several at once"
-    )
-    parser.add_argument("--given", type=positive, help="tiny world: that many true first frames (I2V: 1, V2V: 3)")
-    parser.add_argument(
-        "--text", help="safetensors: `text` (B, L, text_dim), perhaps `null_text`, in place of --prompt"
-    )
-    parser.add_argument("--context", help="safetensors with `latents` (B, f, C, H, W): the given first frames")
-    parser.add_argument("--out", type=Path, default=Path("out/clip"), help="file; each format has its own ending")
-    parser.add_argument("--steps", type=positive, default=4, help="network calls, of a causal model for each chunk")
-    parser.add_argument(
-        "--frames", type=positive, help="latent frames, if not the model's own: 21 are 81 in pixels"
-    )
-    parser.add_argument("--height", type=positive, help="of the latents, if not the model's own: 60 are 480 pixels")
-    parser.add_argument("--width", type=positive, help="of the latents, if not the model's own: 104 are 832 pixels")
-    parser.add_argument("--chunks", type=positive, nargs="+", help="frames of each, if not the model's own")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="if not the one that the model was trained for")
-    parser.add_argument("--shift", type=float, help="if not the model's own: 5 for published ones")
-    parser.add_argument("--guidance", type=float, default=1.0, help="for teachers; students have it built in")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("--model", default=str(TINY), help="model folder (default: the tiny causal one in the repository)")
+    add("--prompt", nargs="+", default=["a slow red disc moving left"], help="one, or several in quotes")
+    add("--prompts", help="file of prompts, one in each line; clips are named <prompt>-<i>, as VBench does")
+    add("--videos", type=positive, help="clips of each prompt, with seeds SEED, SEED + 1, ...")
+    add("--negative", default="", help="prompt to be guided away from (default: the empty one)")
+    add("--image", help="first frame")
+    add("--video", help="file whose first frames are given")
+    add("--given", type=positive, help="how many frames of --video (default 25), or of the tiny world's truth")
+    add("--text", help="safetensors: `text` (B, L, text_dim), perhaps `null_text`, in place of --prompt")
+    add("--context", help="safetensors: `latents` (B, f, C, h, w), given first frames")
+    add("--out", type=Path, default=Path("out/clip"), help="file .mp4, .gif, .png (some frames) or .safetensors"
+        " (latents), by default all that apply; of several clips the folder")  # fmt: skip
+    add("--steps", type=positive, default=4, help="network calls, of a causal model for each chunk")
+    add("--frames", type=positive, help="of the video, if not the model's own (81)")
+    add("--height", type=positive, help="in pixels, if not the model's own (480)")
+    add("--width", type=positive, help="in pixels, if not the model's own (832)")
+    add("--chunks", type=positive, nargs="+", help="latent frames of each, if not the model's own")
+    add("--sampler", choices=SAMPLERS, help="if not the one that the model was trained for")
+    add("--shift", type=float, help="if not the model's own (5)")
+    add("--guidance", type=float, default=1.0, help="for teachers; students have it built in")
+    add("--seed", type=int, default=0)
+    add("--dtype", choices=["float32", "bfloat16"], help="of the network (default: bfloat16 on a GPU)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--compile", action="store_true", help="compile the blocks: a minute once, then faster")
     args = parser.parse_args(argv)
-    if not args.out.name or args.out.is_dir():
+    if not args.out.name or (args.out.is_dir() and args.out.suffix in FORMATS):
         parser.error(f"--out {args.out} is a folder, expected a file")
+    if bool(args.image) + bool(args.video) + bool(args.context) > 1:
+        parser.error("found more than one of --image, --video and --context, expected one")
+    if args.seed < 0:
+        parser.error(f"--seed is {args.seed}, expected at least 0")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(
-            dir=args.out.parent
-        ):  # an unwritable place is found before the work, not after it
-            pass
-        write(args.out, *make(args))
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+        run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"sample.py: {told(error, args.device)}")
 
 
 if __name__ == "__main__":

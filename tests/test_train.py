@@ -221,12 +221,13 @@ def test_sample_writes_a_clip_that_goes_on_from_given_frames(story, tmp_path):
     """V2V from the command line: latents, GIF and contact sheet; the given frames are true ones, and unchanged."""
     prompts = ["a slow red disc moving left", "a fast blue cross moving up"]
     options = ["--model", str(story["causal-anyflow"]), "--given", "3", "--steps", "2", "--seed", "5"]
-    sample.main([*options, "--prompt", *prompts, "--out", str(tmp_path / "clip")])
-    clip = load_file(tmp_path / "clip.safetensors")["latents"]
-    assert clip.shape == (2, 9, 3, 12, 12) and (tmp_path / "clip.png").exists()
-    labels = torch.tensor([parse_prompt(prompt) for prompt in prompts])
-    assert torch.equal(clip[:, :3], World().render(labels, World().draw(range(2), 5)[1])[:, :3])
-    assert Image.open(tmp_path / "clip.gif").n_frames == 9
+    sample.main([*options, "--prompt", *prompts, "--out", str(tmp_path)])
+    for prompt in prompts:
+        clip = load_file(tmp_path / f"{prompt}-0.safetensors")["latents"]
+        assert clip.shape == (1, 9, 3, 12, 12) and (tmp_path / f"{prompt}-0.png").exists()
+        true = World().render(torch.tensor([parse_prompt(prompt)]), World().draw(range(1), 5)[1])
+        assert torch.equal(clip[:, :3], true[:, :3])
+        assert Image.open(tmp_path / f"{prompt}-0.gif").n_frames == 9
 
 
 def test_folders_name_their_sampler(story):

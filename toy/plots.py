@@ -334,18 +334,15 @@ def write_gif(frames, path, fps=4):
     first.save(path, save_all=True, append_images=others, duration=1000 // fps, loop=0)
 
 
-def contact_sheet(clips, path):
-    """PNG: the frames of clips (B, F, 3, H, W), one row a clip."""
-    clips = rgb(clips)
-    figure, axes = plt.subplots(
-        len(clips), clips.shape[1], figsize=(1.1 * clips.shape[1], 1.25 * len(clips)), squeeze=False
-    )
-    for line, clip in zip(axes, clips):
-        for axis, frame in zip(line, clip):
-            axis.imshow(frame, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-    for f, axis in enumerate(axes[0]):
+def contact_sheet(frames, path, most=9):
+    """PNG: up to `most` of the frames uint8 (F, H, W, 3), evenly spread, in a row."""
+    picked = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
+    width = 1.1 * frames.shape[2] / frames.shape[1]
+    figure, axes = plt.subplots(1, len(picked), figsize=(width * len(picked), 1.25), squeeze=False)
+    for axis, f in zip(axes[0], picked):
+        axis.imshow(frames[f], interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
         axis.set_title(f"frame {f + 1}", fontsize=8)
     figure.tight_layout(pad=0.3)
     _save(figure, path)
