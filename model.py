@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 CLASSES = {
     "teacher": "WanTransformer3DModel",
@@ -239,12 +239,20 @@ class Block(nn.Module):
         self.ffn = FeedForward(width, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
-    def forward(self, x, modulation, spans, rope, text, past=None, mask=None, blank=0, keep=None):
-        """One block on tokens x (B, N, width), returned in that shape.
+    def forward(self, x, *inputs, checkpointing="none"):
+        """`compute`, and what of it the backward pass recomputes: "none", all ("full"), or all but self-attention
+        ("selective"). A compiled block holds its checkpoint inside, where the compiler sees both."""
+        if checkpointing == "none":
+            return self.compute(x, *inputs)
+        policy = dict(context_fn=keep_self_attention) if checkpointing == "selective" else {}
+        return checkpoint(self.compute, x, *inputs, use_reentrant=False, **policy)
 
-        modulation: (B, f, 6, width). spans: frames, and tokens a frame, of each group. rope: complex
-        (N, head_dim/2). text: embedded (B, L, width), or its keys and values. past: cached keys and values, before
-        x. blank: how many keys and values of zero come after x. keep: a list that takes those of x, for a cache.
+    def compute(self, x, modulation, spans, rope, text, past=None, mask=None, blank=0, keep=None):
+        """The block on tokens x (B, N, width), returned in that shape.
+
+        modulation: (B, f, 6, width). spans: frames, and tokens a frame, of each group. rope: of `rotate`. text:
+        embedded (B, L, width), or its keys and values. past: cached keys and values, before x. blank: how many keys
+        and values of zero come after x. keep: a list that takes those of x, for a cache.
         """
         m = (self.scale_shift_table + modulation.float()).unbind(2)  # shift, scale, gate; shift, scale, gate
 
@@ -265,6 +273,20 @@ class Block(nn.Module):
         x = x + self.attn2.attend(self.attn2.query(h), *text)
 
         return gated(x, self.ffn(modulate(x, m[3], m[4], spans, self.eps)), m[5], spans)
+
+
+ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in (
+    "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]  # fmt: skip
+ATTENTION.append(torch.ops.higher_order.flex_attention)
+
+
+def is_self_attention(context, op, q=None, k=None, *args, **kwargs):
+    own = op in ATTENTION and q.shape[2] == k.shape[2]
+    return CheckpointPolicy.MUST_SAVE if own else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# At 32,760 tokens, half of a block's work, and one tensor of the size of its input.
+keep_self_attention = functools.partial(create_selective_checkpoint_contexts, is_self_attention)
 
 
 def norm_float32(norm, x):
@@ -297,9 +319,14 @@ def per_frame(function, spans, *operands):
 
 
 def rotate(x, rope):
-    """Turn the pairs (2i, 2i+1) of x (B, N, heads, head_dim), as complex numbers, by rope (N, head_dim/2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope[:, None]).flatten(-2).to(x.dtype)
+    """Turn the pairs (2i, 2i+1) of x (B, N, heads, head_dim), as complex numbers, by rope (N, head_dim/2, 2)."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # real arithmetic is fused, complex is not
+        (a, b), (cos, sin) = pairs.unbind(-1), rope[:, None].unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope)[:, None])
+    return turned.flatten(-2).to(x.dtype)
 
 
 def rope_axis(dim, start, count, cell, device):
@@ -334,7 +361,7 @@ def chunk_mask(chunks, window, full, compressed, clean, device):
         return (chunk[k] <= chunk[q]) & ((role[k] == 0) | (role[k] == 1) & to_noisy | (role[k] == 2) & to_clean)
 
     if torch.device(device).type == "cuda":
-        return create_block_mask(allowed, None, None, n, n, device=device)
+        return torch.compile(create_block_mask)(allowed, None, None, n, n, device=device)  # never N x N in memory
     return allowed(None, None, torch.arange(n, device=device)[:, None], torch.arange(n, device=device))
 
 
@@ -353,7 +380,7 @@ class Group:
     tokens: torch.Tensor  # (B, f n, width)
     t: torch.Tensor  # (B, f), or (B, 1) for one time in all frames
     r: torch.Tensor
-    rope: torch.Tensor  # complex (f n, head_dim/2)
+    rope: torch.Tensor  # unit complex numbers, (f n, head_dim/2, 2)
 
     @property
     def span(self):
@@ -397,7 +424,7 @@ class Wan(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
         self.proj_out = nn.Linear(width, config.out_channels * math.prod(config.patch_size))
-        self.checkpointing = False  # recompute the blocks in the backward pass: less memory, a third more time
+        self.checkpointing = "none"  # of the blocks: "none", "full" or "selective", see `Block.forward`
 
     def forward(self, z, t, r, text, *, clean=None, chunks=None, cache=None):
         """Average velocity u(z, t, r) of z's frames, or of those in the window where there are `chunks`.
@@ -511,7 +538,7 @@ class Wan(nn.Module):
         return Group(tokens, t, r, self._rope(start, f, h, w, patch))
 
     def _rope(self, start, f, h, w, patch):
-        """Positions of a group, complex (f h w, head_dim/2): a third for height, for width, the rest for time."""
+        """Positions of a group, (f h w, head_dim/2, 2): a third for height, for width, the rest for time."""
         side = 2 * (self.config.attention_head_dim // 6)
         sizes = self.config.attention_head_dim - 2 * side, side, side
         device = self.proj_out.weight.device
@@ -520,7 +547,7 @@ class Wan(nn.Module):
                 for size, at, count, cell in zip(sizes, (start, 0, 0), (f, h, w), cells)]
         axes = [axis.reshape([-1 if i == j else 1 for j in range(3)] + [axis.shape[1]]).expand(f, h, w, -1)
                 for i, axis in enumerate(axes)]
-        return torch.cat(axes, -1).flatten(0, 2)
+        return torch.view_as_real(torch.cat(axes, -1).flatten(0, 2))
 
     def _blocks(self, groups, text, past=None, mask=None, blank=0, keep=None):
         """All blocks over all groups: tokens (B, N, width), and e (B, f, width)."""
@@ -531,10 +558,7 @@ class Wan(nn.Module):
         for i, block in enumerate(self.blocks):
             prompt = text if torch.is_tensor(text) else text[i]
             inputs = (modulation, spans, rope, prompt, past[i] if past else None, mask, blank, keep)
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *inputs, use_reentrant=False)
-            else:
-                x = block(x, *inputs)
+            x = block(x, *inputs, checkpointing=self.checkpointing if torch.is_grad_enabled() else "none")
         return x, e
 
     def _check(self, z, text, clean, chunks, cache):
@@ -600,11 +624,10 @@ class Wan(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.contiguous() for name, value in merged_state(self).items()}
-        save_file(state, folder / f".{WEIGHTS}.part", metadata={"format": "pt"})
-        (folder / ".config.json.part").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-        os.replace(folder / f".{WEIGHTS}.part", folder / WEIGHTS)
+        write(folder / WEIGHTS, lambda part: save_file(state, part, metadata={"format": "pt"}))
         (folder / f"{WEIGHTS}.index.json").unlink(missing_ok=True)  # of shards that were here before
-        os.replace(folder / ".config.json.part", folder / "config.json")
+        config = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        write(folder / "config.json", lambda part: part.write_text(config))
 
 
 def as_times(t, z, name):
@@ -645,6 +668,17 @@ def provenance(folder):
     return read_json(path) if path.exists() else {}
 
 
+def write(path, save):
+    """save(temporary path), then rename: nobody finds half a file, and an old one stays if this one fails."""
+    path = Path(path)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        save(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def read_json(path):
     if not path.exists():
         raise ValueError(f"no file {path}")
@@ -683,10 +717,14 @@ LORA = r"attn1\.(to_[qkv]|to_out\.0)$|ffn\.net\.(0\.proj|2)$|(time|delta)_embedd
 
 
 class LoRALinear(nn.Linear):
-    """W x + b + (alpha / rank) up(down(x)): W and b frozen, `up` zero at the start, where nothing changes."""
+    """W x + b + (alpha / rank) up(down(x)): W and b frozen, `up` zero at the start, where nothing changes.
+
+    Where W is another network's weight, shared with it, the frozen `lora_start_*` lead from that network to where
+    this one starts: W + start_up start_down.
+    """
 
     @classmethod
-    def wrap(cls, linear, rank, alpha):
+    def wrap(cls, linear, rank, alpha, start=None):
         linear.__class__ = cls
         linear.requires_grad_(False)
         linear.scale = alpha / rank
@@ -694,25 +732,43 @@ class LoRALinear(nn.Linear):
         outputs, inputs = weight.shape
         linear.lora_down = nn.Parameter(weight.new_empty(rank, inputs).normal_(std=inputs**-0.5))
         linear.lora_up = nn.Parameter(weight.new_zeros(outputs, rank))
+        up, down = (None, None) if start is None else (nn.Parameter(x, requires_grad=False) for x in start)
+        linear.lora_start_up, linear.lora_start_down = up, down
 
     def forward(self, x):
-        return super().forward(x) + F.linear(F.linear(x, self.lora_down), self.lora_up) * self.scale
+        y = super().forward(x) + F.linear(F.linear(x, self.lora_down), self.lora_up) * self.scale
+        if self.lora_start_up is not None:
+            y = y + F.linear(F.linear(x, self.lora_start_down), self.lora_start_up)
+        return y
 
     def merged(self):
-        return self.weight + (self.scale * self.lora_up.float() @ self.lora_down.float()).to(self.weight.dtype)
+        added = self.scale * self.lora_up.float() @ self.lora_down.float()
+        if self.lora_start_up is not None:
+            added = added + self.lora_start_up.float() @ self.lora_start_down.float()
+        return self.weight + added.to(self.weight.dtype)
 
 
-def add_lora(model, rank, alpha, pattern=LORA):
+def low_rank(difference, rank, tolerance):
+    """(up, down) with up @ down = difference (outputs, inputs) within tolerance, a norm, or None."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same on every process, and not of a run's random numbers
+        up, sizes, down = torch.svd_lowrank(difference, min(rank + 8, *difference.shape), niter=4)
+    up, down = (up * sizes)[:, :rank].contiguous(), down[:, :rank].mT.contiguous()
+    return (up, down) if (difference - up @ down).norm() <= tolerance else None
+
+
+def add_lora(model, rank, alpha, pattern=LORA, starts=None):
     """Freeze the model and give a LoRA to every linear whose name matches; a causal model's compressed patch
-    embedding stays trainable as a whole. Returns the model. ValueError where nothing matches."""
-    chosen = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(pattern, name)]
-    if any(isinstance(linear, LoRALinear) for linear in chosen):
+    embedding stays trainable as a whole. starts: {name: (up, down)} of `LoRALinear`. Returns the model. ValueError
+    where nothing matches."""
+    chosen = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(pattern, n)}
+    if any(isinstance(linear, LoRALinear) for linear in chosen.values()):
         raise ValueError("the model has a LoRA already, expected one without: save and load it to merge")
     if not chosen or rank < 1:
         raise ValueError(f"LoRA has rank {rank} and matches {len(chosen)} linears, expected at least 1 of each")
     model.requires_grad_(False)
-    for linear in chosen:
-        LoRALinear.wrap(linear, rank, alpha)
+    for name, linear in chosen.items():
+        LoRALinear.wrap(linear, rank, alpha, (starts or {}).get(name))
     if model.config.kind == "causal":
         model.far_patch_embedding.requires_grad_(True)
     return model

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import anyflow
-from model import Wan, provenance, read_json
+from model import Wan, provenance, read_json, write
 
 TINY = Path(__file__).parent / "toy" / "weights" / "causal-anyflow"
 
@@ -181,22 +181,29 @@ def clean_prompt(prompt):
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
 
 
-@torch.no_grad()
-def encode_prompts(folder, prompts, device="cpu", dtype=torch.float32, length=512):
-    """Embeddings (n, length, text_dim), zero after a prompt's end, by the folder's UMT5, which is then let go: at
-    XXL size (11 GB in bfloat16) it need not share the memory with the network."""
-    folders = part_of(folder, "tokenizer"), part_of(folder, "text_encoder")
-    transformers = optional("transformers", "a prompt")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
-    encoder = transformers.UMT5EncoderModel.from_pretrained(folders[1], dtype=dtype).to(device)
-    texts = []
-    for prompt in tqdm(prompts, desc="prompts", disable=None if len(prompts) > 8 else True):
-        tokens = tokenizer(
-            clean_prompt(prompt), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-        texts.append((encoder(ids, mask).last_hidden_state * mask[..., None]).cpu())
-    return torch.cat(texts)
+class TextEncoder:
+    """Prompts -> embeddings (n, 512, text_dim), zero behind a prompt's end: the folder's tokenizer and UMT5.
+
+    At XXL size it takes 11 GB in bfloat16: let it go before the network comes.
+    """
+
+    def __init__(self, folder, device="cpu", dtype=torch.float32):
+        folders = part_of(folder, "tokenizer"), part_of(folder, "text_encoder")
+        transformers = optional("transformers", "a prompt")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
+        self.model = transformers.UMT5EncoderModel.from_pretrained(folders[1], dtype=dtype).to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, prompts, length=512):
+        texts = []
+        for prompt in prompts:  # one by one, so that a prompt's embedding does not depend on its company
+            prompt = clean_prompt(prompt)
+            tokens = self.tokenizer(
+                prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).to(self.model.device)
+            states = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state
+            texts.append((states * tokens.attention_mask[..., None]).cpu())
+        return torch.cat(texts)
 
 
 class VAE:
@@ -337,7 +344,8 @@ class Folder:
 
     def encode(self, prompts, dtype):
         if not self.tiny:
-            self.known = dict(zip(prompts, encode_prompts(self.path, prompts, self.device, dtype).split(1)))
+            encode = TextEncoder(self.path, self.device, dtype)
+            self.known = dict(zip(prompts, encode(prompts).split(1)))
 
     def text(self, prompt):
         """(1, L, text_dim). ValueError for what the tiny world cannot make."""
@@ -391,7 +399,7 @@ def formats_of(args, folder):
     return formats
 
 
-def write(stem, formats, latents, pixels, fps):
+def save(stem, formats, latents, pixels, fps):
     """Files stem + ending, written beside, then renamed: latents (B, F, C, H, W), pixels uint8 (F, H, W, 3)."""
     from toy import plots
 
@@ -408,7 +416,7 @@ def write(stem, formats, latents, pixels, fps):
     }
     stem.parent.mkdir(parents=True, exist_ok=True)
     for ending in formats:
-        plots.write(f"{stem}{ending}", savers[ending])
+        write(f"{stem}{ending}", savers[ending])
     return ", ".join(f"{stem}{ending}" for ending in formats)
 
 
@@ -509,7 +517,7 @@ def run(args):
             finally:
                 counter.remove()
         pixels = folder.pixels(latents.float().cpu()) if formats != [".safetensors"] else None
-        print("wrote " + write(stem, formats, latents.float().cpu(), pixels, folder.fps))
+        print("wrote " + save(stem, formats, latents.float().cpu(), pixels, folder.fps))
 
     failed = []
     for job in jobs:

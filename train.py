@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -28,23 +29,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import anyflow
+from model import LORA, Wan, add_lora, low_rank, provenance, read_json, write
 from model import PRESETS as SIZES_OF
-from model import Wan, add_lora, provenance, read_json
 
 STAGES = ("teacher", "flowmap", "onpolicy", "consistency")
 
@@ -96,19 +90,22 @@ class Recipe:
     # machine
     lora: int = 256  # rank, with alpha = rank; 0 trains all weights
     dtype: str = "bfloat16"  # of forwards and backwards; weights and sums over processes stay float32
-    checkpointing: bool = True  # recompute activations in the backward pass
+    share: bool = True  # with LoRA: teacher, student and fake score as adapters of one frozen network
+    checkpointing: str = (
+        "full"  # what the backward pass recomputes: "none", "full", or all but attention "selective"
+    )
     compile: bool = True
 
 
 CHOICES = {"target": ("data", "teacher"), "weight": ("paper", "inverse"), "rollout": ("flowmap", "consistency"),
-           "dtype": ("float32", "bfloat16")}  # fmt: skip
+           "dtype": ("float32", "bfloat16"), "checkpointing": ("none", "full", "selective")}  # fmt: skip
 
 ON_POLICY = dict(steps=1200, lr=2e-6, beta1=0.0, beta2=0.999, warmup=0, ema=0.99, ema_start=200)
 WAN = {stage: ON_POLICY if stage == "onpolicy" else {} for stage in STAGES}
 WAN_14B = {stage: dict(steps=4000, batch=16) | WAN[stage] for stage in STAGES}
 
 TINY = dict(beta2=0.99, warmup=100, decay=0.3, ema=0.998, ema_start=0, guidance=1.0, target="teacher", eps=0.02,
-            lora=0, dtype="float32", checkpointing=False, compile=False)  # fmt: skip
+            lora=0, dtype="float32", checkpointing="none", compile=False)  # fmt: skip
 TINY = {
     "teacher": TINY | dict(steps=8000, lr=3e-3, own_times=0.5),
     "flowmap": TINY | dict(steps=4000, lr=1e-3, batch=16),
@@ -188,6 +185,68 @@ class Shards:
         )
 
 
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+
+
+def prepare(videos, folder, shape, text_dim, encode, vae, size=32, rank=0, world=1):
+    """Every video below a folder, with its caption in a .txt of the same name, to shards: (clips, bad files).
+
+    The first frames of each, of another aspect the middle. shape: (F, C, H, W) of the latents. encode, vae: of
+    `sample`. manifest-RANK.jsonl names the shard and row of each video, or why it was skipped; what it names is not
+    encoded again, so an interrupted run goes on. Latents and text are bfloat16. Raises ValueError.
+    """
+    from sample import read_video
+
+    files = sorted(p for p in Path(videos).rglob("*") if p.suffix.lower() in VIDEOS)
+    if not files:
+        raise ValueError(f"no videos in {videos}, expected files {', '.join(VIDEOS)}")
+    frames, _, height, width = shape
+    pixels = (frames - 1) * vae.stride[0] + 1, height * vae.stride[1], width * vae.stride[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    known = [json.loads(line) for path in sorted(folder.glob("manifest-*.jsonl")) for line in open(path)]
+    seen = {row["video"] for row in known}
+    rows = [row for row in known if row["rank"] == rank]
+    shards = len({row["shard"] for row in rows if "shard" in row})
+    clips = []  # encoded, of the next shard: latents, text, row of the manifest
+
+    def flush():
+        nonlocal clips, shards
+        if clips:
+            name = f"{rank:03}-{shards:06}.safetensors"
+            latents, text = (torch.stack(parts) for parts in list(zip(*clips))[:2])
+            write(folder / name, lambda part: save_file({"latents": latents, "text": text}, part))
+            rows.extend(row | {"shard": name, "row": i} for i, (_, _, row) in enumerate(clips))
+            shards, clips = shards + 1, []
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write(folder / f"manifest-{rank:03}.jsonl", lambda part: part.write_text(text))
+
+    if rank == 0:
+        null = encode([""]).bfloat16()
+        if null.shape[2] != text_dim:
+            raise ValueError(f"the text encoder is {null.shape[2]} wide, expected {text_dim} for the preset")
+        write(folder / "null.safetensors", lambda part: save_file({"text": null}, part))
+    todo = [path for path in files[rank::world] if str(path.relative_to(videos)) not in seen]
+    for path in tqdm(todo, desc="videos", disable=None):
+        row = {"video": str(path.relative_to(videos)), "rank": rank}
+        try:
+            caption = path.with_suffix(".txt")
+            if not caption.is_file() or not caption.read_text().strip():
+                raise ValueError(f"no caption in {caption}")
+            video, cut = read_video(path, *pixels)
+            latents = vae.encode(video[None])[0].bfloat16().cpu().contiguous()
+        except (ValueError, OSError) as error:
+            rows.append(row | {"error": str(error)})
+            tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
+        else:
+            text = encode([caption.read_text()])[0].bfloat16()
+            clips.append((latents, text, row | ({"used": cut} if cut else {})))
+        if len(clips) == size:
+            flush()
+    flush()
+    bad = sum("error" in row for row in rows)
+    return len(rows) - bad, bad
+
+
 def open_data(args, shape, text_dim):
     from toy.video import WORLDS
 
@@ -226,26 +285,87 @@ def start_processes(device, dtype):
 
 
 def shard(model, recipe, device):
-    """Compile each block, and shard each block over the processes of a node, with a copy on every node."""
+    """Compile each block, and shard each over the processes of a node, with a copy on every node.
+
+    Block by block, from a model that lies on the disk: a process never holds more than its share and one block.
+    Trained weights are float32, for steps of 1e-5 are lost in bfloat16; frozen ones are as precise as their use.
+    """
+    model.checkpointing = recipe.checkpointing
     if recipe.compile:
+        torch._dynamo.config.recompile_limit = 64  # a network is called in many shapes, with and without gradient
         for block in model.blocks:
             block.compile()
-    model.checkpointing = recipe.checkpointing
-    model.to(device)
-    if not dist.is_initialized():
-        return model
-    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if world > local:
-        mesh = init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(device.type, (world,))
-    # Not the inputs: a time of 0.999 is 1 in bfloat16.
-    policy = MixedPrecisionPolicy(getattr(torch, recipe.dtype), torch.float32, cast_forward_inputs=False)
+
+    def place(module):
+        for p in module.parameters():
+            if not isinstance(p, DTensor):
+                p.data = p.data.to(device, torch.float32 if p.requires_grad else getattr(torch, recipe.dtype))
+        if dist.is_initialized():
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    if dist.is_initialized():
+        world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if world > local:
+            mesh = init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+        else:
+            mesh = init_device_mesh(device.type, (world,))
+        # Not the inputs: a time of 0.999 is 1 in bfloat16.
+        policy = MixedPrecisionPolicy(getattr(torch, recipe.dtype), torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "extend")
+        place(block)
+    place(model)
+    if dist.is_initialized():
+        register_fsdp_forward_method(model, "extend")
     return model
+
+
+def assemble(nets, recipe, device):
+    """Add LoRA, shard, and let the networks share what is frozen and equal, {name: network} in place.
+
+    The release keeps three whole models in stage 2. With LoRA they are one frozen base, the teacher's: the fake
+    score differs by its LoRA; the student by its own, and by what stage 1 taught it, itself of low rank.
+    """
+    base = next((name for name in ("real", "teacher") if name in nets), None)
+    same = {}
+    for name, net in nets.items():
+        starts = {}
+        if recipe.lora and recipe.share and base not in (None, name):
+            same[name], starts = compare(net, nets[base], recipe, device)
+        if name not in TRAINED:
+            net.requires_grad_(False)
+        elif recipe.lora:
+            add_lora(net, recipe.lora, recipe.lora, starts=starts)
+    for net in nets.values():
+        shard(net, recipe, device)
+    for name, names in same.items():
+        own, theirs = dict(nets[name].named_parameters()), dict(nets[base].named_parameters())
+        # FSDP pads what its processes cannot divide, in a copy for each network: leave those few.
+        whole = lambda p: not isinstance(p, DTensor) or len(p) % p.device_mesh.shape[-1] == 0
+        linked = {n: theirs[n] for n in names if not own[n].requires_grad and whole(theirs[n])}
+        nets[name].load_state_dict(linked, strict=False, assign=True)
+
+
+def compare(net, base, recipe, device):
+    """Names of the weights that net has from base, equal or by a difference of low rank; {linear: that difference}.
+
+    Those of the second kind are set to base's."""
+    own, theirs, dtype = dict(net.named_parameters()), dict(base.named_parameters()), getattr(torch, recipe.dtype)
+    same, starts = [], {}
+    for name, p in own.items():
+        q = theirs.get(name)
+        if q is None or p.shape != q.shape:
+            continue
+        if torch.equal(p.to(dtype), q.to(dtype)):
+            same.append(name)
+        elif re.search(LORA, name.removesuffix(".weight")):
+            coarse = max(torch.finfo(x.dtype).eps for x in (p, q))  # as exact as the weights are
+            difference = p.detach().to(device, torch.float32) - q.detach().to(device, torch.float32)
+            start = low_rank(difference, recipe.lora, max(coarse / 2, 1e-6) * p.norm().item())
+            if start:
+                starts[name.removesuffix(".weight")] = start
+                same.append(name)
+                p.data = q.data
+    return same, starts
 
 
 def load(folder, option, config, kind, stages):
@@ -253,8 +373,7 @@ def load(folder, option, config, kind, stages):
     if folder is None:
         raise ValueError(f"{option} is missing, expected a model folder of stage {' or '.join(stages)}")
     new = {key: getattr(config, key) for key in ("compressed_patch_size", "full_chunk_limit", "chunk_partition")}
-    # Weights in training are float32, whatever the folder has: steps of 1e-5 are lost in bfloat16.
-    model = Wan.from_pretrained(folder, kind, dtype=torch.float32, **new if kind == "causal" else {})
+    model = Wan.from_pretrained(folder, kind, **new if kind == "causal" else {})  # as it lies on the disk
     for key, wanted in asdict(config).items():
         found = getattr(model.config, key)
         if found != wanted and key in model.config.to_dict() and key != "rope_max_seq_len":
@@ -284,8 +403,6 @@ class Run:
     There is no random state and no data position to keep: both are functions of seed and step, see `train`.
     """
 
-    TRAINED = StateDictOptions(ignore_frozen_params=True)
-
     def __init__(self, nets, optimisers, folder, settings):
         self.nets, self.optimisers, self.settings = nets, optimisers, settings
         self.folder, self.step = folder / "checkpoints", 0
@@ -294,15 +411,15 @@ class Run:
             for p in optimiser.param_groups[0]["params"]:
                 state = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
                 optimiser.state[p] = state | {"exp_avg_sq": torch.zeros_like(p)}
-        self.average = {
-            name: p.detach().clone() for name, p in nets["student"].named_parameters() if p.requires_grad
-        }
+        self.trained = {name: trained(nets[name]) for name in TRAINED if name in nets}
+        self.average = {name: p.detach().clone() for name, p in self.trained["student"].items()}
 
     def state(self):
+        """Tensors by name, as they are: a checkpoint is written from them and read into them."""
         state = {"average": self.average}
         for name, optimiser in self.optimisers.items():
-            state[name] = get_model_state_dict(self.nets[name], options=self.TRAINED)
-            state[f"{name}_optimiser"] = get_optimizer_state_dict(self.nets[name], optimiser, options=self.TRAINED)
+            state[name] = self.trained[name]
+            state[f"{name}_optimiser"] = {key: optimiser.state[p] for key, p in self.trained[name].items()}
         return state
 
     def save(self):
@@ -336,16 +453,10 @@ class Run:
                    for key in sorted(made | self.settings) if made.get(key) != self.settings.get(key)]  # fmt: skip
         if changed:
             raise ValueError(f"{newest} was made with other settings: {', '.join(changed)}")
-        state = self.state()
         try:
-            dcp.load(state, checkpoint_id=newest, no_dist=not dist.is_initialized())
+            dcp.load(self.state(), checkpoint_id=newest, no_dist=not dist.is_initialized())
         except (Exception, CheckpointException) as error:
             raise ValueError(f"cannot read checkpoint {newest}: {reason(error)}") from None
-        for name, optimiser in self.optimisers.items():
-            options = StateDictOptions(ignore_frozen_params=True, strict=False)
-            set_model_state_dict(self.nets[name], state[name], options=options)
-            set_optimizer_state_dict(self.nets[name], optimiser, state[f"{name}_optimiser"], options=self.TRAINED)
-        self.average = state["average"]
         self.step = int(newest.name.removeprefix("step-"))
 
     def all(self):
@@ -358,31 +469,28 @@ class Run:
     def update_average(self, recipe):
         n = self.step - recipe.ema_start
         decay = min(recipe.ema, (n + 1) / (n + 10)) if n >= 0 else 0.0  # it forgets faster while it is young
-        params = dict(self.nets["student"].named_parameters())
-        own = lambda p: p.to_local() if isinstance(p, DTensor) else p
-        torch._foreach_lerp_(
-            [own(p) for p in self.average.values()], [own(params[name]) for name in self.average], 1 - decay
-        )
+        own = lambda params: [p.to_local() if isinstance(p, DTensor) else p for p in params.values()]
+        torch._foreach_lerp_(own(self.average), own(self.trained["student"]), 1 - decay)
 
     @torch.no_grad()
-    def export(self, folder, config, recipe):
-        """The averaged weights as a folder that diffusers opens. It ends the training: the weights are replaced."""
-        student = self.nets["student"]
-        params = dict(student.named_parameters())
-        for name, value in self.average.items():
-            params[name].copy_(value)
-        state = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    def export(self, folder, start, recipe):
+        """The averaged weights as a folder that diffusers opens. start(): the network of before the training."""
+        whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in self.average.items()}
         if main_process():
-            with torch.device("meta"):
-                whole = Wan(config)
-                if recipe.lora:
-                    add_lora(whole, recipe.lora, recipe.lora)
-            whole.load_state_dict(state, assign=True)
-            whole.save_pretrained(folder)
-            part = folder / ".anyflow.json.part"
-            part.write_text(json.dumps(self.settings, indent=1) + "\n")
-            os.replace(part, folder / "anyflow.json")
+            student = start().float()
+            if recipe.lora:
+                add_lora(student, recipe.lora, recipe.lora)
+            student.load_state_dict(whole, strict=not recipe.lora)
+            student.save_pretrained(folder)
+            write(folder / "anyflow.json", lambda part: part.write_text(json.dumps(self.settings, indent=1) + "\n"))
         wait_for_all()
+
+
+TRAINED = ("student", "fake")
+
+
+def trained(net):
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 
 def reason(error):
@@ -449,7 +557,7 @@ def train(stage, recipe, run, data, args, config, shape, device):
 
         def update(name, *values):
             """Clip, check, step. Returns the gradient's norm; FloatingPointError before anything is spoilt."""
-            norm = torch.nn.utils.clip_grad_norm_(nets[name].parameters(), recipe.clip)
+            norm = torch.nn.utils.clip_grad_norm_(run.trained[name].values(), recipe.clip)
             norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
             if not all(map(math.isfinite, (norm, *values))):
                 found = ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
@@ -581,44 +689,46 @@ BEFORE = {
 }
 
 
-def networks(stage, recipe, args, config, prepare):
-    """{"student"} and, as the stage needs them, "teacher", "real" and "fake", each by `prepare` as soon as loaded.
-
-    teacher: whose velocity the target or the consistency step follows. real: who judges in the on-policy stage, by
-    default the teacher; of a causal student it may be a bidirectional one, which sees the whole clip at once.
-    fake: a copy of real, in training.
-    """
-    torch.manual_seed(args.seed)
-    nets, causal = {}, config.kind == "causal"
-    baseline = stage == "consistency" or (stage == "onpolicy" and recipe.rollout == "consistency")
-    before = ("consistency",) if stage == "onpolicy" and baseline else BEFORE[stage]
+def student_of(stage, recipe, args, config):
+    """The network to be trained, as it starts."""
+    causal = config.kind == "causal"
     if stage == "teacher" and not args.init:
         if recipe.lora:
             raise ValueError(
                 f"lora is {recipe.lora}, expected 0 without --init: random weights must all be trained"
             )
-        student = new_model(config if causal else replace(config, kind="teacher"))
-    else:
-        # A bidirectional teacher keeps the kind of its folder; a causal one's becomes bidirectional.
-        kind = None if stage == "teacher" and not causal else config.kind
-        student = load(args.init, "--init", config, kind, before)
-        if kind is None and student.config.kind == "causal":
-            student = load(args.init, "--init", config, config.kind, before)
-    nets["student"] = prepare(student, trained=True)
+        return new_model(config if causal else replace(config, kind="teacher"))
+    before = ("consistency",) if stage == "onpolicy" and recipe.rollout == "consistency" else BEFORE[stage]
+    # A bidirectional teacher keeps the kind of its folder; a causal one's becomes bidirectional.
+    kind = None if stage == "teacher" and not causal else config.kind
+    student = load(args.init, "--init", config, kind, before)
+    if kind is None and student.config.kind == "causal":
+        student = load(args.init, "--init", config, config.kind, before)
+    return student
+
+
+def networks(stage, recipe, args, config):
+    """{"student"} and, as the stage needs them, "teacher", "real" and "fake".
+
+    teacher: whose velocity the target or the consistency step follows. real: who judges in the on-policy stage, by
+    default the teacher; of a causal student it may be a bidirectional one, which sees the whole clip at once.
+    fake: a copy of real, in training.
+    """
+    torch.manual_seed(args.seed)  # for new weights, and those of LoRA
+    nets, causal = {"student": student_of(stage, recipe, args, config)}, config.kind == "causal"
+    baseline = stage == "consistency" or (stage == "onpolicy" and recipe.rollout == "consistency")
     if baseline or (stage != "teacher" and recipe.target == "teacher"):
         folder = args.teacher or (args.init if stage != "onpolicy" else None)
-        teacher = load(folder, "--teacher", config, None, ("teacher",))
+        teacher = nets["teacher"] = load(folder, "--teacher", config, None, ("teacher",))
         if (teacher.config.kind == "causal") != causal:
             kinds = f"is of kind {teacher.config.kind} for a student of kind {config.kind}"
             raise ValueError(f"--teacher {folder} {kinds}, expected both causal or neither")
-        nets["teacher"] = prepare(teacher, trained=False)
     if stage == "onpolicy":
         option = "--real" if args.real else "--teacher"
         for name in ("real", "fake"):
-            judge = load(args.real or args.teacher, option, config, None, ("teacher",))
+            judge = nets[name] = load(args.real or args.teacher, option, config, None, ("teacher",))
             if judge.config.kind == "causal" and not causal:
                 raise ValueError(f"{option} {args.real or args.teacher} is causal, expected a bidirectional judge")
-            nets[name] = prepare(judge, trained=name == "fake")
     return nets
 
 
@@ -699,21 +809,10 @@ def run_stage(args):
     check(recipe, args.seed, int(os.environ.get("WORLD_SIZE", 1)))
     data = open_data(args, shape, config.text_dim)
     device = start_processes(args.device, recipe.dtype)
-
-    def prepare(net, trained):
-        if not trained:
-            net.requires_grad_(False)
-        elif recipe.lora:
-            add_lora(net, recipe.lora, recipe.lora)
-        return shard(net, recipe, device)
-
-    nets = networks(args.stage, recipe, args, config, prepare)
-    optimisers = {}
-    for name, lr in (("student", recipe.lr), ("fake", recipe.fake_lr)):
-        if name in nets:
-            weights = [p for p in nets[name].parameters() if p.requires_grad]
-            betas = (recipe.beta1, recipe.beta2)
-            optimisers[name] = torch.optim.AdamW(weights, lr, betas, weight_decay=0.0, fused=True)
+    nets = networks(args.stage, recipe, args, config)
+    assemble(nets, recipe, device)
+    adam = dict(betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True)
+    optimisers = {name: torch.optim.AdamW(trained(nets[name]).values(), **adam) for name in TRAINED if name in nets}
     places = {key: str(Path(getattr(args, key)).resolve()) if getattr(args, key) else "" for key in FOLDERS}
     places |= {"data": args.data, "clips": len(data) if isinstance(data, Shards) else None}
     settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, **places, **asdict(recipe)}
@@ -730,9 +829,7 @@ def run_stage(args):
     if main_process():
         args.out.mkdir(parents=True, exist_ok=True)
         kept = log.read_text().splitlines()[: run.step] if args.resume and log.exists() else []
-        part = args.out / ".log.jsonl.part"
-        part.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(part, log)
+        write(log, lambda part: part.write_text("".join(f"{line}\n" for line in kept)))
     bar = tqdm(total=recipe.steps, initial=run.step, desc=f"{args.preset} {args.stage}", mininterval=1,
                disable=None if main_process() else True)  # fmt: skip
     with open(log if main_process() else os.devnull, "a") as lines:
@@ -745,7 +842,7 @@ def run_stage(args):
                 lines.flush()
                 run.save()
     bar.close()
-    run.export(args.out, nets["student"].config, recipe)
+    run.export(args.out, lambda: student_of(args.stage, recipe, args, config), recipe)
     if main_process():
         from toy import plots
 

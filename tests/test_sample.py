@@ -111,7 +111,7 @@ def test_given_frames_go_in_as_in_the_published_pipelines(folder, pixels, task, 
 def test_embeddings_are_zero_behind_the_prompt(folder):
     """As published: 512 rows, the first ones of the prompt's tokens and its end, the others zero."""
     _, path = folder
-    text = sample.encode_prompts(path, ["the cat runs", "", "the " * 600])
+    text = sample.TextEncoder(path)(["the cat runs", "", "the " * 600])
     assert text.shape == (3, 512, 32)
     assert [int(row.abs().sum(1).gt(0).sum()) for row in text] == [4, 1, 512]
 
@@ -122,14 +122,14 @@ def test_many_prompts_are_named_and_go_on(folder, tmp_path, capsys, monkeypatch)
     _, path = folder
     (tmp_path / "prompts.txt").write_text("the cat runs\n\na/dog\n")
     out, options = tmp_path / "out", ["--model", path, *SIZE, "--prompts", tmp_path / "prompts.txt", "--videos", 2]
-    real = sample.write
+    real = sample.save
 
     def full(stem, *args):
         if stem.name == "the cat runs-1":
             raise OSError(28, "No space left on device")
         return real(stem, *args)
 
-    monkeypatch.setattr(sample, "write", full)
+    monkeypatch.setattr(sample, "save", full)
     with pytest.raises(SystemExit, match="1 of 4 clips failed: the cat runs-1: .*No space left"):
         run(*options, "--out", out)
     assert sorted(p.name for p in out.iterdir()) == ["a_dog-0.mp4", "a_dog-1.mp4", "the cat runs-0.mp4"]

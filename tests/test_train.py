@@ -191,10 +191,55 @@ def test_accumulation_is_a_larger_batch(story, tmp_path):
     assert all((one[key] - two[key]).abs().max() < 1e-5 for key in one)
 
 
+@pytest.fixture(scope="module")
+def adapted(story, tmp_path_factory):
+    """Students of stage 1 that differ from their teachers by LoRA of rank 4."""
+    folder = tmp_path_factory.mktemp("adapted")
+    for preset, teacher in (("tiny", "teacher"), ("tiny-causal", "causal-teacher")):
+        options = ["--init", story[teacher], "--steps", "4", "--lora", "4", *BRIEF]
+        run("flowmap", "--preset", preset, *options, "--out", folder / preset)
+    return folder
+
+
+JUDGED = {"tiny": ("teacher", "teacher"), "tiny-causal": ("causal-teacher", "teacher")}
+
+
+@pytest.mark.parametrize("preset", JUDGED)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_base_with_adapters_trains_as_three_models(story, adapted, preset, processes, tmp_path):
+    """Stage 2 with teacher, student and fake score as adapters of one network: losses and weights of three."""
+    teacher, real = (story[name] for name in JUDGED[preset])
+    options = ["onpolicy", "--preset", preset, "--init", adapted / preset, "--teacher", teacher, "--real", real]
+    options += ["--steps", "3", "--lora", "4", *BRIEF]
+    for share in ("true", "false"):
+        more = ["--share", share, "--out", tmp_path / share]
+        (torchrun if processes > 1 else run)(*options, *more)
+    for one, three in zip(losses(tmp_path / "true"), losses(tmp_path / "false")):
+        assert all(abs(one[key] - three[key]) < 1e-5 * max(1, abs(three[key])) for key in three), (one, three)
+    one, three = weights(tmp_path / "true"), weights(tmp_path / "false")
+    assert all((one[key] - three[key]).abs().max() < 1e-4 for key in three)
+
+
+def test_one_base_is_held_once(story, adapted):
+    """All that is frozen and of the teacher's shape lies in one memory; the student still starts as its folder."""
+    args = train.parse(["onpolicy", "--preset", "tiny", "--init", str(adapted / "tiny"), "--teacher",
+                        str(story["teacher"])])  # fmt: skip
+    recipe = train.Recipe(lora=4, dtype="float32", checkpointing="none", compile=False)
+    nets = train.networks("onpolicy", recipe, args, train.preset("tiny")[0])
+    train.assemble(nets, recipe, torch.device("cpu"))
+    base = dict(nets["real"].named_parameters())
+    for name in ("student", "fake"):
+        own = dict(nets[name].named_parameters())
+        assert all(own[key] is p and not p.requires_grad for key, p in base.items()), name
+    z, text = torch.randn(2, 9, 3, 12, 12), torch.randn(2, 4, 32)
+    wanted = Wan.from_pretrained(adapted / "tiny")(z, 0.7, 0.2, text)
+    assert (nets["student"](z, 0.7, 0.2, text) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
 def test_lora_bfloat16_and_checkpointing_train(story, tmp_path):
     """Full scale's options on a small model: what is not adapted stays as it was, what is saved has no LoRA."""
     options = ["flowmap", "--preset", "tiny", "--init", story["teacher"], "--steps", "2", *BRIEF]
-    run(*options, "--lora", "4", "--dtype", "bfloat16", "--checkpointing", "true", "--out", tmp_path / "lora")
+    run(*options, "--lora", "4", "--dtype", "bfloat16", "--checkpointing", "full", "--out", tmp_path / "lora")
     made, start = weights(tmp_path / "lora"), weights(story["teacher"])
     moved = {key for key in start if not torch.equal(made[key], start[key])}
     assert "blocks.0.attn1.to_q.weight" in moved and "blocks.0.attn2.to_q.weight" not in moved

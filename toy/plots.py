@@ -1,8 +1,5 @@
 """Figures and animations of the toys. Each function takes numbers or arrays and writes one file, wholly or not."""
 
-import os
-from pathlib import Path
-
 import matplotlib
 
 matplotlib.use("Agg")
@@ -10,6 +7,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.animation import PillowWriter  # noqa: E402
 from PIL import Image  # noqa: E402  (matplotlib brings it)
+
+from model import write  # noqa: E402
 
 # Okabe-Ito: told apart by colour-blind readers; markers and dashes tell them apart in grey.
 STYLE = {
@@ -28,17 +27,6 @@ plt.rcParams.update(
         "legend.frameon": False,
     }
 )
-
-
-def write(path, save):
-    """save(temporary path), then rename: nobody finds half a file, and an old one stays if this one fails."""
-    path = Path(path)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        save(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _save(figure, path):
