@@ -524,27 +524,32 @@ def run(args):
         try:
             make(*job)
         except (ValueError, OSError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                error = ValueError(too_large(model.config, size, args.device))
             if len(jobs) == 1:
-                raise
-            failed.append(f"{job[2].name}: {told(error, args.device)}")
+                raise error from None
+            failed.append(f"{job[2].name}: {reason(error)}")
             print(f"failed: {failed[-1]}", file=sys.stderr)
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} clips failed: {'; '.join(failed)}")
+
+
+def too_large(config, size, device):
+    """What the plan of `train.py` says to a clip of F, h, w latents that found too little GPU memory."""
+    from train import cost_of_sampling, parameters
+
+    card, (frames, *area) = torch.cuda.get_device_properties(device), size
+    _, peak = cost_of_sampling(config, (frames, config.in_channels, *area))
+    needs = (2 * parameters(config) + peak) / 2**30
+    has = f"out of memory on {card.name}, {card.total_memory / 2**30:.0f} GiB"
+    needs = f"the plan says {needs:.1f} GiB for the network in bfloat16, and the VAE comes on top"
+    return f"{has}: {needs}; fewer --frames, a smaller --height and --width need less"
 
 
 def positive(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
     return int(text)
-
-
-def told(error, device):
-    """One sentence for an error."""
-    if not isinstance(error, torch.OutOfMemoryError):
-        return reason(error)
-    card = torch.cuda.get_device_properties(device)
-    has = f"out of memory on {card.name}, {card.total_memory / 2**30:.0f} GiB"
-    return f"{has}: fewer --frames or --dtype bfloat16 need less, and `python train.py plan` says what fits"
 
 
 def main(argv=None):
@@ -589,7 +594,7 @@ def main(argv=None):
     try:
         run(args)
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"sample.py: {told(error, args.device)}")
+        sys.exit(f"sample.py: {reason(error)}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ recipe is an option.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -21,26 +22,35 @@ import shutil
 import sys
 import time
 import warnings
+import weakref
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 import anyflow
-from model import LORA, Wan, add_lora, low_rank, provenance, read_json, write
+from model import LORA, Wan, add_lora, chunk_mask, low_rank, provenance, read_json, write
 from model import PRESETS as SIZES_OF
 
 STAGES = ("teacher", "flowmap", "onpolicy", "consistency")
+COMMANDS = (*STAGES, "prepare", "plan")
 
 # One process needs no group to save a checkpoint; and nothing here writes into a block's output.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled|FSDP2-wrapped module .* returned a view")
@@ -534,11 +544,14 @@ def rollout(recipe, model, noise, text, chunks, seed):
     return torch.cat(video, 1)
 
 
-def train(stage, recipe, run, data, args, config, shape, device):
-    """Steps until recipe.steps. Yields after each what the log holds."""
+def train(stage, recipe, run, data, seed, config, shape, device, place=(0, 1), chunks_a_step=None):
+    """Steps until recipe.steps; yields after each what the log holds.
+
+    place: this process, of how many. chunks_a_step: of a causal clip, drawn if not given.
+    """
     nets, optimisers = run.nets, run.optimisers
     student, teacher, real, fake = (nets.get(name) for name in ("student", "teacher", "real", "fake"))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = place
     causal, limit = config.kind == "causal", config.full_chunk_limit
     weight = (lambda t: 1 / (t + 0.05)) if recipe.weight == "inverse" else None
 
@@ -572,8 +585,8 @@ def train(stage, recipe, run, data, args, config, shape, device):
             # Every process draws the random numbers of the whole batch, from a seed of the step, and takes its
             # rows: a run does not depend on where it was resumed, nor (but for a consistency rollout) on how many
             # processes share it. Rows lie a stride apart: each process gets its share of every kind of time pair.
-            seed_with(args.seed, step, 0)
-            own_seed = args.seed, step, 1000 + micro * world + rank  # of what is drawn inside a rollout
+            seed_with(seed, step, 0)
+            own_seed = seed, step, 1000 + micro * world + rank  # of what is drawn inside a rollout
             rows = torch.arange(recipe.batch)[micro * world + rank :: world * recipe.accumulate]
             mine = lambda drawn, rows=rows: drawn[rows].to(device)
             t, r = (
@@ -586,7 +599,7 @@ def train(stage, recipe, run, data, args, config, shape, device):
             t_teacher = anyflow.shift_time(mine(logit).sigmoid(), recipe.shift)
             noise = mine(torch.randn(recipe.batch, *shape))
             dropped = mine(torch.rand(recipe.batch) < recipe.drop)
-            clip, text = (x.to(device) for x in data.batch((step * recipe.batch + rows).tolist(), args.seed))
+            clip, text = (x.to(device) for x in data.batch((step * recipe.batch + rows).tolist(), seed))
             null = data.null.to(device).expand_as(text)
             prompt = torch.where(dropped[:, None, None], null, text)
 
@@ -598,6 +611,7 @@ def train(stage, recipe, run, data, args, config, shape, device):
                 n = min(limit, most)
                 if torch.rand(()) >= 0.5:
                     n = torch.randint(n, most + 1, ()).item()
+                n = chunks_a_step or n
                 chunks = config.chunk_partition[:n]
                 end, first = sum(chunks), sum(chunks[:-limit])
                 x, noise_x = clip[:, first:end], noise[:, first:end]
@@ -645,7 +659,7 @@ def train(stage, recipe, run, data, args, config, shape, device):
         for i in range(recipe.fake_steps if samples else 0):
             losses["fake"] = 0.0
             for x_hat, said, mine in samples:
-                seed_with(args.seed, step, 1 + i)
+                seed_with(seed, step, 1 + i)
                 t_fake = mine(anyflow.logit_normal_times(torch.empty(recipe.batch), recipe.shift))
                 noise_fake = mine(torch.randn(recipe.batch, *x_hat.shape[1:]))
                 backward("fake", anyflow.fake_score_loss(fake, x_hat, t=t_fake, noise=noise_fake, **said))
@@ -673,6 +687,385 @@ def over_processes(loss):
         dist.all_reduce(loss)
         loss = loss / dist.get_world_size()
     return loss.item()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The cost plan: what a step does, holds and takes, without doing it
+#
+# `train` itself runs, with small clips on the CPU. Its networks are on the meta device, at their true size but for
+# the depth: every operation of every forward and backward pass is made, counted by torch's own formulas, and its
+# tensors' lives are followed, but no number is computed. FLOPs and peaks are linear in the depth.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Cost(TorchDispatchMode):
+    """FLOPs, and bytes of the activations alive on a device, of what runs inside.
+
+    flops: so far. peaks: the highest number of bytes between one `mark` and the next.
+    share: {tokens: share of query-key pairs that a mask lets through}, of self-attention.
+    """
+
+    # FLOPs of fused attention on a CPU, which torch leaves out, by its formulas for a GPU.
+    CPU = {"aten._scaled_dot_product_flash_attention_for_cpu": (sdpa_flop_count, 0),
+           "aten._scaled_dot_product_flash_attention_for_cpu_backward": (sdpa_backward_flop_count, 1)}  # fmt: skip
+
+    def __init__(self, nets, device="meta"):
+        super().__init__()
+        self.device, self.flops, self.share, self.live, self.peaks = device, 0, {}, 0, [0]
+        self.sizes = {}  # of storages: {their address in C++: bytes}, 0 for what is no activation
+        for p in (p for net in nets for p in net.parameters()):
+            self.follow(p, False)
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p: self.forget(p.grad))
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if op is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1  # a check of values, or a norm: there are none
+        out, name = op(*args, **kwargs), op._overloadpacket
+        flops = 0
+        if name in flop_registry:
+            flops = flop_registry[name](*args, **kwargs, out_val=out)
+        elif str(name) in self.CPU:
+            count, first = self.CPU[str(name)]
+            flops = count(*(x.shape for x in args[: 3 + first]))
+        if flops and "attention" in str(name):
+            q, k = args[1:3] if "backward" in str(name) else args[:2]
+            flops *= self.share.get(q.shape[2], 1) if q.shape[2] == k.shape[2] else 1
+        self.flops += flops
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if torch.is_tensor(x) and x.device.type == self.device:
+                self.follow(x, True)
+        return out
+
+    def follow(self, x, activation):
+        storage = x.untyped_storage()
+        if storage._cdata in self.sizes:
+            return
+        weakref.finalize(storage, self.free, storage._cdata).atexit = False
+        self.sizes[storage._cdata] = storage.nbytes() * activation
+        self.live += self.sizes[storage._cdata]
+        self.peaks[-1] = max(self.peaks[-1], self.live)
+
+    def free(self, address):
+        self.live -= self.sizes.pop(address)
+
+    def forget(self, x):
+        """x, a gradient, is no activation."""
+        if x.device.type == self.device:
+            self.follow(x, False)
+            self.live -= self.sizes[x.untyped_storage()._cdata]
+            self.sizes[x.untyped_storage()._cdata] = 0
+
+    def mark(self):
+        self.peaks.append(self.live)
+
+
+class OnMeta(torch.nn.Module):
+    """A network on the meta device, called with clips of few pixels; autograd goes through both."""
+
+    def __init__(self, net, size, text_length, cost=None):
+        super().__init__()
+        self.net, self.config, self.size, self.text_length, self.cost = net, net.config, size, text_length, cost
+
+    def forward(self, z, t, r, text, *, clean=None, chunks=None, cache=None):
+        self.cost.mark()
+        if chunks:
+            self.cost.share.update([self.visible(chunks, clean is not None)])
+        clean = None if clean is None else self.enter(clean)
+        u = self.net(self.enter(z), t, r, self.prompt(text), clean=clean, chunks=chunks, cache=cache)
+        return Leave.apply(u, z)
+
+    def enter(self, z):
+        return Enter.apply(z, (*z.shape[:3], *self.size))
+
+    def prompt(self, text):
+        length = len(text), self.text_length, self.config.text_dim
+        return torch.empty(length, device="meta") if torch.is_tensor(text) else text
+
+    def encode_text(self, text):
+        return self.net.encode_text(self.prompt(text))
+
+    def new_cache(self, padding=True):
+        return self.net.new_cache(padding)
+
+    def extend(self, cache, chunk, text):
+        self.cost.mark()
+        self.net.extend(cache, self.enter(chunk), self.prompt(text))
+
+    def visible(self, chunks, clean, block=128):
+        """Tokens of causal training, and the share of their pairs that flex attention computes, in whole blocks."""
+        window = min(len(chunks), self.config.full_chunk_limit)
+        full, compressed = (
+            math.prod(self.size) // math.prod(patch)
+            for patch in (self.config.patch_size, self.config.compressed_patch_size)
+        )
+        early, late = sum(chunks[:-window]), sum(chunks[-window:])
+        frames = torch.tensor([compressed] * early + [full] * late * (1 + clean))
+        allowed = chunk_mask(chunks, window, 1, 1, clean, "cpu").float()  # one token a frame
+        tokens = int(frames.sum())
+        blocks = torch.zeros(-(-tokens // block), len(frames))
+        blocks[torch.arange(tokens) // block, torch.repeat_interleave(torch.arange(len(frames)), frames)] = 1
+        return tokens, float((blocks @ allowed @ blocks.T > 0).float().mean())
+
+
+class Enter(torch.autograd.Function):
+    """From a small clip to one of true size without numbers, and its gradient back."""
+
+    @staticmethod
+    def forward(ctx, z, shape):
+        ctx.save_for_backward(z)
+        return torch.empty(shape, device="meta")
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.zeros_like(*ctx.saved_tensors), None
+
+
+class Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, z):
+        ctx.shape, ctx.dtype = u.shape, u.dtype
+        return torch.zeros_like(z)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.empty(ctx.shape, device="meta", dtype=ctx.dtype), None
+
+
+def fused_attention(q, k, v, attn_mask=None):
+    """As on a GPU. On the meta device torch would take the way that holds all pairs."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+@contextmanager
+def counting(nets, device="meta"):
+    with mock.patch.object(F, "scaled_dot_product_attention", fused_attention), \
+         mock.patch("model.cached_chunk_mask", lambda *args: None), Cost(nets, device) as cost:  # fmt: skip
+        yield cost
+
+
+def networks_on_meta(stage, recipe, config, layers=None):
+    """{name: network} as of `networks`; teachers as Wan is published: of one time, and the judge bidirectional."""
+    teacher = replace(config, kind="causal" if config.kind == "causal" else "teacher")
+    kinds = {"student": teacher if stage == "teacher" else config}
+    baseline = stage == "consistency" or (stage == "onpolicy" and recipe.rollout == "consistency")
+    if baseline or (stage in ("flowmap", "onpolicy") and recipe.target == "teacher"):
+        kinds["teacher"] = teacher
+    if stage == "onpolicy":
+        kinds |= {name: replace(config, kind="teacher") for name in ("real", "fake")}
+    nets = {}
+    for name, kind in kinds.items():
+        with torch.device("meta"):
+            net = Wan(replace(kind, num_layers=layers or kind.num_layers))
+        net.checkpointing = recipe.checkpointing
+        nets[name] = net
+    base = next((nets[name] for name in ("real", "teacher") if name in nets), None)
+    for name, net in nets.items():
+        if name not in TRAINED:
+            net.requires_grad_(False)
+        elif recipe.lora:
+            starts = {}
+            if name == "student" and recipe.share and base is not None:
+                starts = {
+                    key: (
+                        m.weight.new_empty(len(m.weight), recipe.lora),
+                        m.weight.new_empty(recipe.lora, m.in_features),
+                    )
+                    for key, m in net.named_modules()
+                    if isinstance(m, torch.nn.Linear)
+                    and re.search(LORA, key)
+                    and f"{key}.weight" in base.state_dict()
+                }
+            add_lora(net, recipe.lora, recipe.lora, starts=starts)
+    return nets
+
+
+def simulate(stage, recipe, config, shape, layers, steps=1, place=(0, 1), chunks=None, seed=0, text_length=512):
+    """FLOPs, and peaks of activations in bytes from one network call to the next, of each of some steps."""
+    nets = networks_on_meta(stage, recipe, config, layers)
+    for net in nets.values():
+        net.to(getattr(torch, recipe.dtype))
+    with counting(nets.values()) as cost:
+        for name, net in nets.items():
+            nets[name] = OnMeta(net, shape[2:], text_length, cost)
+        optimisers = {name: torch.optim.SGD(trained(nets[name]).values(), 0.0) for name in TRAINED if name in nets}
+        small = *shape[:2], *config.compressed_patch_size[1:]
+        text = torch.zeros(recipe.batch, 1, 1)
+        data = SimpleNamespace(
+            null=text[:1], batch=lambda rows, seed: (torch.zeros(len(rows), *small), text[: len(rows)])
+        )
+        run = SimpleNamespace(nets=nets, optimisers=optimisers, step=0, update_average=lambda recipe: None,
+                              newest=str, trained={name: trained(nets[name]) for name in optimisers})  # fmt: skip
+        made, before = [], 0
+        recipe = replace(recipe, steps=steps)
+        config, device = nets["student"].config, torch.device("cpu")
+        for _ in train(stage, recipe, run, data, seed, config, small, device, place, chunks):
+            made.append((cost.flops - before, cost.peaks))
+            before, cost.peaks = cost.flops, [cost.live]
+    return made
+
+
+DEPTHS = (2, 3)  # linear from here: the backward pass of a first layer needs no gradient of its input
+
+
+def at_depth(layers, two, three):
+    """From the steps of networks of the two DEPTHS: mean FLOPs, highest peak."""
+    grow = lambda a, b: a + (b - a) * (layers - DEPTHS[0])
+    flops = [grow(a[0], b[0]) for a, b in zip(two, three)]
+    return sum(flops) / len(flops), max(grow(x, y) for a, b in zip(two, three) for x, y in zip(a[1], b[1]))
+
+
+def parameters(config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in Wan(config).parameters())
+
+
+def cost_of_sampling(config, shape, text_length=512, steps=4):
+    """FLOPs and peak of activations, bytes, of a clip in bfloat16."""
+    from sample import generate
+
+    runs = []
+    for layers in DEPTHS:
+        with torch.device("meta"):
+            net = Wan(replace(config, num_layers=layers)).bfloat16()
+        with counting([net]) as cost, torch.no_grad():
+            small = 1, *shape[:2], *config.compressed_patch_size[1:]
+            generate(OnMeta(net, shape[2:], text_length, cost), torch.zeros(1, 1, 1), torch.zeros(small), steps)
+        runs.append([(cost.flops, cost.peaks)])
+    return at_depth(config.num_layers, *runs)
+
+
+def memory_of(nets, recipe, shards):
+    """Bytes that one of `shards` GPUs holds between steps, by part, and what FSDP gathers for the work."""
+    base = next((nets[name] for name in ("real", "teacher") if name in nets), None)
+    shared = (
+        set()
+        if base is None or not (recipe.lora and recipe.share)
+        else {name for name, _ in base.named_parameters()}
+    )
+    size, parts = 2 if recipe.dtype == "bfloat16" else 4, Counter()
+    for name, net in nets.items():
+        for key, p in net.named_parameters():
+            if p.requires_grad:
+                parts += {"weights": 4 * p.numel(), "gradients": 4 * p.numel(), "optimiser": 8 * p.numel()}
+                parts["average"] += 4 * p.numel() * (name == "student")
+            elif net is base or key not in shared:
+                parts["weights"] += size * p.numel()
+    parts = {key: value / shards for key, value in parts.items()}
+    if shards > 1 or recipe.dtype != "float32":
+        numbers = lambda module: sum(p.numel() for p in module.parameters())
+        blocks = max(numbers(net.blocks[0]) for net in nets.values())
+        roots = sum(numbers(net) - numbers(net.blocks) for net in nets.values())
+        parts["gathered"] = size * (2 * blocks + roots)  # one block at work, one on its way
+    return parts
+
+
+PARTS = ("weights", "gradients", "optimiser", "average", "gathered", "activations", "rollout")
+CARDS = (24, 80, 141)  # GiB, as their makers round it
+
+
+def plan_of(stage, recipe, config, shape, gpus, per_node=8):
+    """FLOPs of a mean step on one GPU, the one with most to do, and {part: bytes} of its memory at most."""
+
+    def cost(stage, chunks=None, steps=1, **changes):
+        changed, steps = replace(recipe, **changes), 8 if recipe.batch == 1 else steps  # one clip: a jump, or none
+        runs = [simulate(stage, changed, config, shape, n, steps, (gpus - 1, gpus), chunks) for n in DEPTHS]
+        return at_depth(config.num_layers, *runs)
+
+    def mean(stage):
+        """Over the numbers of chunks, and the steps with flow matching of the whole clip beside."""
+        most, least = len(config.chunk_partition), config.full_chunk_limit
+        numbers = range(min(least, most), most + 1) if config.kind == "causal" else [None]
+        costs = [cost(stage, n, bidirectional=0.0) for n in numbers]
+        flops = (costs[0][0] + sum(flops for flops, _ in costs) / len(costs)) / 2
+        if config.kind == "causal" and stage in ("teacher", "flowmap") and recipe.bidirectional:
+            costs.append(cost(stage, numbers[0], bidirectional=1.0))
+            flops += recipe.bidirectional * (costs[-1][0] - costs[0][0])
+        return flops, max(peak for _, peak in costs)
+
+    parts = memory_of(networks_on_meta(stage, recipe, config), recipe, min(gpus, per_node))
+    if stage != "onpolicy":
+        flops, parts["activations"] = mean(stage)
+        return flops, parts
+    # A step of stage 1 or of consistency; on top, the judges and the rollout, of N steps 3 - 2/N jumps in the mean.
+    beside, chunks = "consistency" if recipe.rollout == "consistency" else "flowmap", config.full_chunk_limit
+    recipe = replace(recipe, bidirectional=0.0)
+    flops, parts["activations"] = mean(beside)
+    if beside == "consistency":
+        more, peak = cost(stage, chunks, steps=8)
+    else:
+        (one, _), (three, peak) = (cost(stage, chunks, rollout_steps=(n,)) for n in (1, 10**6))
+        more = one + (three - one) * sum(1 - 1 / n for n in recipe.rollout_steps) / len(recipe.rollout_steps)
+    parts["rollout"] = max(0, peak - parts["activations"])
+    return flops + more - cost(beside, chunks)[0], parts
+
+
+def fits(parts, shards, per_node, card):
+    """The least number of GPUs of a node on which the parts fit, a tenth of a card kept free; "no" for none."""
+    for n in (2**i for i in range(per_node.bit_length())):
+        total = sum(value * (1 if key in PARTS[4:] else shards / n) for key, value in parts.items())
+        if total <= 0.9 * card * 2**30:
+            return n
+    return "no"
+
+
+def too_large(args):
+    """What the plan says to a run that found too little GPU memory."""
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    (config, shape, stages), gpus = preset(args.preset), int(os.environ.get("WORLD_SIZE", 1))
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    _, parts = plan_of(args.stage, recipe_of(args, stages[args.stage]), config, shape, gpus, per_node)
+    least = {size: fits(parts, min(gpus, per_node), max(8, per_node), size) for size in CARDS}
+    enough = (
+        ", ".join(f"{n} of {size} GiB" for size, n in least.items() if n != "no") or "no node of 8 at this batch"
+    )
+    needs = f"the plan says {sum(parts.values()) / 2**30:.0f} GiB on each of {gpus} GPU(s)"
+    has = f"out of memory on {card.name}, {card.total_memory / 2**30:.0f} GiB"
+    return f"{has}: {needs}; enough would be {enough}; more --accumulate or --checkpointing full need less"
+
+
+def run_plan(args):
+    """Print what every stage of a preset's recipe costs on some GPUs."""
+    config, shape, stages = preset(args.preset)
+    per_node, rate = args.gpus_per_node, args.tflops * 1e12 * args.utilisation
+    shards = min(args.gpus, per_node)
+    if not 0 < rate < math.inf:
+        raise ValueError(
+            f"tflops and utilisation are {args.tflops} and {args.utilisation}, expected numbers above 0"
+        )
+    recipes = {}
+    for stage in STAGES:
+        recipe = recipe_of(args, stages[stage])
+        least = args.gpus * recipe.accumulate  # a clip for each GPU
+        recipes[stage] = replace(recipe, batch=max(1, -(-recipe.batch // least)) * least)
+        check(recipes[stage], args.seed, args.gpus)
+
+    size = {kind: parameters(replace(config, kind=kind)) for kind in ("teacher", config.kind)}
+    tokens = math.prod(shape) // shape[1] // math.prod(config.patch_size)
+    print(f"{args.preset}: {size['teacher']:,} parameters, with two times {size[config.kind]:,}; {tokens:,} tokens")
+    work = f"{100 * args.utilisation:g} % of {args.tflops:g} TFLOP/s"
+    print(f"{args.gpus} GPU(s) at {work}, weights over {shards} of them\n")
+    print(f"{'':12}{'batch':>6}{'steps':>7}{'PFLOP':>9}{'s':>9}{'GPU-days':>10}   fits from so many GPUs of")
+    print(f"{'':25}{'of a GPU and step':>18}{'':10}   " + "".join(f"{card:>6} GiB" for card in CARDS))
+    table, days = [], {}
+
+    def line(name, flops, parts, recipe=None):
+        head = f"{name:12}{recipe.batch:6}{recipe.steps:7}" if recipe else f"{name:25}"
+        days[name] = flops / rate * recipe.steps * args.gpus / 86400 if recipe else 0
+        cost = f"{flops / 1e15:9.3g}{flops / rate:9.3g}" + (f"{days[name]:10.3g}" if recipe else " " * 10)
+        least = [fits(parts, shards, per_node if recipe else 1, card) for card in CARDS]
+        tqdm.write(f"{head}{cost}   " + "".join(f"{n:>10}" for n in least))
+        held = [parts.get(part, 0) / 2**30 for part in PARTS]
+        table.append(f"{name:12}" + "".join(f"{value:12.2f}" for value in (*held, sum(held))))
+
+    for stage, recipe in tqdm(recipes.items(), desc="counting", disable=None, leave=False):
+        line(stage, *plan_of(stage, recipe, config, shape, args.gpus, per_node), recipe)
+    flops, peak = cost_of_sampling(config, shape)
+    line("clip, 4 calls", flops, {"weights": 2 * size[config.kind] / shards, "activations": peak})
+    print(f"\nstages 1 and 2 together: {days['flowmap'] + days['onpolicy']:.3g} GPU-days")
+    print(f"\nmemory of a GPU, GiB\n{'':12}" + "".join(f"{part:>12}" for part in (*PARTS, "total")))
+    print("\n".join(table))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -734,13 +1127,15 @@ def networks(stage, recipe, args, config):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage="train.py STAGE --preset NAME ...")
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=COMMANDS)
     parser.add_argument("--preset", choices=PRESETS, required=True)
     parser.add_argument("--out", type=Path, help="folder of the result (default out/PRESET-STAGE)")
     parser.add_argument(
         "--data", help="folder of shards, or the world torus or gravity (default of tiny presets: torus)"
     )
-    parser.add_argument("--init", help="model folder to start from")
+    parser.add_argument(
+        "--init", help="model folder to start from; prepare: published folder with VAE and text encoder"
+    )
     parser.add_argument("--teacher", help="model folder of the teacher (default: --init)")
     parser.add_argument("--real", help="onpolicy: model folder of the teacher that judges (default: --teacher)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --out")
@@ -748,6 +1143,18 @@ def parse(argv):
     parser.add_argument("--skip-bad-shards", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument_group("prepare").add_argument
+    add(
+        "--videos",
+        type=Path,
+        help="folder of videos, each with its caption in a .txt of the same name; shards to --data",
+    )
+    add("--clips-per-shard", type=positive, default=32)
+    add = parser.add_argument_group("plan").add_argument
+    add("--gpus", type=positive, default=8)
+    add("--gpus-per-node", type=positive, default=8, help="over which the weights are sharded")
+    add("--tflops", type=float, default=989.0, help="of a GPU, bfloat16 (default: H100 or H200)")
+    add("--utilisation", type=float, default=0.4, help="share of it that the work reaches (default 0.4)")
     numbers = parser.add_argument_group("recipe", "defaults are the preset's")
     for field in fields(Recipe):
         kind = {bool: boolean, tuple: integers}.get(field.type, field.type)
@@ -802,10 +1209,15 @@ def check(recipe, seed, world):
         raise ValueError(f"batch is {recipe.batch}, expected a multiple of {shares}")
 
 
+def recipe_of(args, preset):
+    """The preset's recipe with what the command line says otherwise."""
+    given = {field.name: getattr(args, field.name) for field in fields(Recipe)}
+    return Recipe(**preset | {key: value for key, value in given.items() if value is not None})
+
+
 def run_stage(args):
     config, shape, stages = preset(args.preset)
-    given = {field.name: getattr(args, field.name) for field in fields(Recipe)}
-    recipe = Recipe(**stages[args.stage] | {key: value for key, value in given.items() if value is not None})
+    recipe = recipe_of(args, stages[args.stage])
     check(recipe, args.seed, int(os.environ.get("WORLD_SIZE", 1)))
     data = open_data(args, shape, config.text_dim)
     device = start_processes(args.device, recipe.dtype)
@@ -833,7 +1245,10 @@ def run_stage(args):
     bar = tqdm(total=recipe.steps, initial=run.step, desc=f"{args.preset} {args.stage}", mininterval=1,
                disable=None if main_process() else True)  # fmt: skip
     with open(log if main_process() else os.devnull, "a") as lines:
-        for row in train(args.stage, recipe, run, data, args, nets["student"].config, shape, device):
+        config, place = nets["student"].config, (0, 1)
+        if dist.is_initialized():
+            place = dist.get_rank(), dist.get_world_size()
+        for row in train(args.stage, recipe, run, data, args.seed, config, shape, device, place):
             lines.write(json.dumps(row) + "\n")
             bar.update()
             if run.step % 20 == 0:
@@ -859,16 +1274,41 @@ LOSSES = {
 }
 
 
+def run_prepare(args):
+    """Videos to shards, under torchrun by several processes at once, each its own part."""
+    from sample import VAE, TextEncoder
+
+    config, shape, _ = preset(args.preset)
+    for option in ("videos", "init", "data"):
+        if getattr(args, option) is None:
+            raise ValueError(f"prepare needs --{option}")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    encode = TextEncoder(args.init, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    made = prepare(args.videos, Path(args.data), shape, config.text_dim, encode, VAE(args.init, device),
+                   args.clips_per_shard, rank, world)  # fmt: skip
+    clips, bad = made
+    print(f"{clips} clips in {args.data}" + (f"; {bad} bad files are in the manifest" if bad else ""))
+    if not clips:
+        raise ValueError(f"none of the {bad} videos in {args.videos} could be used")
+
+
 def main(argv=None):
     args = parse(argv)
     try:
-        run_stage(args)
+        {"prepare": run_prepare, "plan": run_plan}.get(args.stage, run_stage)(args)
     except (ValueError, OSError, SafetensorError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
+    except torch.OutOfMemoryError:
+        message = too_large(args)
+        sys.exit(f"train.py: {message}" if main_process() else 1)
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; --resume goes on from the last checkpoint")
     finally:
         if dist.is_initialized():
+            gc.collect()  # FSDP's networks hold on to the group
             dist.destroy_process_group()
 
 

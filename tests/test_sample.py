@@ -198,6 +198,19 @@ def test_what_is_not_installed_is_named(folder, module, tmp_path, monkeypatch):
     assert load_file(tmp_path / "latents.safetensors")["latents"].shape == (2, 5, 16, HEIGHT // 8, WIDTH // 8)
 
 
+def test_too_little_memory_is_told_what_is_needed(folder, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class Card:
+        name, total_memory = "A card", 24 * 2**30
+
+    monkeypatch.setattr(sample, "generate", full)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    with pytest.raises(SystemExit, match=r"on A card, 24 GiB: the plan says [0-9.]+ GiB for the network"):
+        run("--model", folder[1], "--prompt", "the cat", *SIZE, "--out", tmp_path / "a.gif")
+
+
 def test_another_aspect_is_cropped_and_said(folder, pixels, tmp_path, capsys):
     Image.new("RGB", (200, 100), "red").save(tmp_path / "wide.png")
     run(
