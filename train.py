@@ -479,7 +479,7 @@ class Run:
     def update_average(self, recipe):
         n = self.step - recipe.ema_start
         decay = min(recipe.ema, (n + 1) / (n + 10)) if n >= 0 else 0.0  # it forgets faster while it is young
-        own = lambda params: [p.to_local() if isinstance(p, DTensor) else p for p in params.values()]
+        own = lambda params: [local(p) for p in params.values()]
         torch._foreach_lerp_(own(self.average), own(self.trained["student"]), 1 - decay)
 
     @torch.no_grad()
@@ -497,6 +497,11 @@ class Run:
 
 
 TRAINED = ("student", "fake")
+
+
+def local(x):
+    """This process's part of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def trained(net):
@@ -969,7 +974,7 @@ def plan_of(stage, recipe, config, shape, gpus, per_node=8):
     """FLOPs of a mean step on one GPU, the one with most to do, and {part: bytes} of its memory at most."""
 
     def cost(stage, chunks=None, steps=1, **changes):
-        changed, steps = replace(recipe, **changes), 8 if recipe.batch == 1 else steps  # one clip: a jump, or none
+        changed, steps = replace(recipe, **changes), 4 if recipe.batch == 1 else steps  # one clip: a jump, or none
         runs = [simulate(stage, changed, config, shape, n, steps, (gpus - 1, gpus), chunks) for n in DEPTHS]
         return at_depth(config.num_layers, *runs)
 
@@ -1017,9 +1022,7 @@ def too_large(args):
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     _, parts = plan_of(args.stage, recipe_of(args, stages[args.stage]), config, shape, gpus, per_node)
     least = {size: fits(parts, min(gpus, per_node), max(8, per_node), size) for size in CARDS}
-    enough = (
-        ", ".join(f"{n} of {size} GiB" for size, n in least.items() if n != "no") or "no node of 8 at this batch"
-    )
+    enough = ", ".join(f"{n} of {size} GiB" for size, n in least.items() if n != "no") or "no node of 8"
     needs = f"the plan says {sum(parts.values()) / 2**30:.0f} GiB on each of {gpus} GPU(s)"
     has = f"out of memory on {card.name}, {card.total_memory / 2**30:.0f} GiB"
     return f"{has}: {needs}; enough would be {enough}; more --accumulate or --checkpointing full need less"

@@ -1,23 +1,30 @@
 """Speed and memory of this model beside diffusers' in one run, alternating: only ratios need be believed.
 
-    python tests/bench.py                  # forward, training step, causal generation, streaming; CPU or GPU
-    python tests/bench.py --only forward   # or stage1, memory, generation, stream
+    python tests/bench.py                    # a small network: forward, training step, causal generation, stream
+    python tests/bench.py --only forward     # or stage1, memory, generation, stream
+    python tests/bench.py --preset wan-1.3b  # true size, on a GPU: forward, 4-step clip, a step of every stage
+    python tests/bench.py --preset tiny      # the same on a CPU; --only forward or stages
 
-Time is the median of --repeats alternations. Memory is the peak of a call's tensors, above what the weights hold.
+Time is the median of --repeats alternations. Memory is the peak of a call's tensors, above what the weights hold;
+with --preset, together with the weights. Without diffusers, a preset is measured alone.
 """
 
 import argparse
+import gc
+import importlib.util
 import platform
 import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import anyflow  # noqa: E402
 import sample  # noqa: E402
+import train  # noqa: E402
 from model import CLASSES, Wan, WanConfig, cached_chunk_mask  # noqa: E402
 
 BASE = dict(patch_size=(1, 2, 2), num_attention_heads=6, attention_head_dim=64, in_channels=16, out_channels=16,
@@ -217,14 +224,177 @@ def stream(args):
     print(f"at chunk 64: {times}, {again / late:.1f}x; tokens 144 and 1120, {1120 / 144:.1f}x")
 
 
+# ------------------------------------------------------------------------------------------------------------
+# True size
+# ------------------------------------------------------------------------------------------------------------
+
+
+def true_size(args):
+    """A preset's forward, 4-step clip and training steps, at batch 1: bfloat16 on a GPU, float32 on a CPU."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    n = 8192 if DEVICE == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=DEVICE).to(dtype)
+    rate = 2 * n**3 / alternate([lambda: a @ b], 15)[0]
+    print(f"{args.preset}, {dtype}; a matrix product of {n} runs at {rate / 1e12:.3g} TFLOP/s")
+    torch._dynamo.config.recompile_limit = 64
+    if args.only in (None, "forward"):
+        beside = f"{'diffusers: s':>13}{'GiB':>9}{'speed':>8}{'memory':>8}"
+        print(f"\n{'':34}{'s':>9}{'TFLOP/s':>9}{'of rate':>9}{'GiB':>9} | {beside}")
+        for kind in ("anyflow", "causal"):
+            whole_clip(args, kind, dtype, rate)
+    if args.only in (None, "stages"):
+        print("\nOne step with LoRA on one base, beside what `train.py plan` says of it")
+        print(f"{'':34}{'s':>9}{'TFLOP/s':>9}{'of rate':>9}{'GiB':>9} | {'plan: GiB':>13}{'measured / plan':>17}")
+        for causal in ("", "-causal"):
+            for stage in train.STAGES:
+                for compiled in (
+                    (False, True) if DEVICE == "cuda" and stage in ("flowmap", "onpolicy") else (False,)
+                ):
+                    attempt(
+                        f"{stage}{causal}, {MODES[compiled]}",
+                        training_step,
+                        args.preset + causal,
+                        stage,
+                        compiled,
+                        rate,
+                    )
+
+
+MODES = "eager", "compiled"
+TEXT = 512 if DEVICE == "cuda" else 4  # tokens of a prompt
+
+
+def attempt(name, function, *args):
+    """Print the row of function(): seconds, peak bytes, FLOPs, rate, and what comes after a bar."""
+    try:
+        took, held, flops, rate, beside = function(*args)
+        speed = f"{flops / took / 1e12:9.3g}{flops / took / rate:9.1%}"
+        print(f"{name:34}{took:9.3g}{speed}{held / 2**30:9.3g} | {beside}", flush=True)
+    except torch.OutOfMemoryError:
+        print(f"{name:34} out of memory", flush=True)
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+def whole_clip(args, kind, dtype, rate):
+    """Rows of a network beside that of diffusers, where installed: forward, and a clip from noise to latents."""
+    config, shape, _ = train.preset(args.preset + "-causal" * (kind == "causal"))
+    noise = torch.randn(1, *shape, device=DEVICE, dtype=dtype)
+    text = torch.randn(1, TEXT, config.text_dim, device=DEVICE, dtype=dtype)
+    with torch.device(DEVICE):
+        nets = [Wan(config).to(dtype)]
+    runs = {"4-step clip": [lambda net: sample.generate(net, text, noise, 4)]}
+    if kind == "anyflow":
+        runs = {"forward": [lambda net: net(noise, 0.7, 0.3, text)]} | runs
+    if importlib.util.find_spec("diffusers"):
+        import diffusers
+
+        nets.append(published(nets[0], dtype))
+        pipeline = diffusers.AnyFlowPipeline if kind == "anyflow" else diffusers.AnyFlowFARPipeline
+        pipe = pipeline(None, None, nets[1], None, diffusers.FlowMapEulerDiscreteScheduler(shift=5))
+        pipe.set_progress_bar_config(disable=True)
+        pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial = (
+            4,
+            16,
+        )  # it checks for 16 pixels, and makes none
+        size = dict(num_frames=4 * shape[0] - 3, height=16 * shape[2], width=16 * shape[3])
+        options = dict(num_inference_steps=4, output_type="latent", **size)
+        frames = torch.ones(1, shape[0], device=DEVICE)
+        runs["4-step clip"].append(lambda net: pipe(prompt_embeds=text, latents=noise.transpose(1, 2), **options))
+        if kind == "anyflow":
+            runs["forward"].append(lambda net: net(noise, 700 * frames, 300 * frames, text, return_dict=False))
+
+    def compare(pair, repeats):
+        calls = [lambda run=run, net=net: inference(lambda: run(net)) for run, net in zip(pair, nets)]
+        times = alternate(calls, repeats)
+        held = [peak(call) + sum(p.nbytes for p in net.parameters()) for call, net in zip(calls, nets)]
+        beside = ""
+        if len(times) == 2:
+            (a, b), (m, n) = times, held
+            beside = f"{b:13.3g}{n / 2**30:9.3g}{b / a:7.2f}x{m / n:8.2f}"
+        return times[0], held[0], flops, rate, beside
+
+    for compiled in (False, True):
+        for name, pair in runs.items():
+            with torch.device("meta"):
+                meta = Wan(config).bfloat16()
+            with train.counting([meta]) as cost, torch.no_grad():
+                small = torch.zeros(1, *shape[:2], *config.compressed_patch_size[1:])
+                net, word = train.OnMeta(meta, shape[2:], TEXT, cost), torch.zeros(1, 1, 1)
+                net(small, 0.7, 0.3, word) if name == "forward" else sample.generate(net, word, small, 4)
+            flops = cost.flops
+            attempt(f"{name}, {kind}, {MODES[compiled]}", compare, pair, args.repeats if name == "forward" else 1)
+        for block in (block for net in nets for block in net.blocks):
+            block.compile()
+
+
+def published(ours, dtype):
+    """The network of diffusers with the same weights, in the precisions in which it loads itself."""
+    import diffusers
+
+    config = {key: value for key, value in ours.config.to_dict().items() if key[0] != "_"}
+    with torch.device(DEVICE):
+        theirs = getattr(diffusers, CLASSES[ours.config.kind])(**config)
+    theirs.load_state_dict(ours.state_dict())
+    for name, p in theirs.named_parameters():
+        if not any(part in name.split(".") for part in theirs._keep_in_fp32_modules):
+            p.data = p.data.to(dtype)
+    return theirs
+
+
+def training_step(preset, stage, compiled, rate):
+    """The second step of a run, the first having compiled and allocated. Three chunks of a causal clip."""
+    config, shape, recipes = train.preset(preset)
+    fixed = dict(batch=1, steps=2, rollout_steps=(4,), target="data", bidirectional=0.0, compile=compiled)
+    recipe = train.Recipe(**recipes[stage] | fixed | dict(lora=256 if DEVICE == "cuda" else 16))
+    device = torch.device(DEVICE)
+    if not torch.distributed.is_initialized():
+        device = train.start_processes(DEVICE, recipe.dtype)
+    nets = {name: Wan(net.config) for name, net in train.networks_on_meta(stage, recipe, config).items()}
+    base = next((nets[name] for name in ("real", "teacher") if name in nets), None)
+    for net in nets.values() if base else ():
+        net.load_state_dict(base.state_dict(), strict=False)  # a student that has learned nothing yet
+    train.assemble(nets, recipe, device)
+    adam = {name: torch.optim.AdamW(train.trained(net).values(), 1e-6, fused=True) for name, net in nets.items()
+            if name in train.TRAINED}  # fmt: skip
+    run = train.Run(nets, adam, Path("none"), {})
+    clip, text = torch.randn(1, *shape), torch.randn(1, TEXT, config.text_dim)
+    data = SimpleNamespace(null=text, batch=lambda rows, seed: (clip, text))
+    chunks = config.full_chunk_limit if config.kind == "causal" else None
+    steps = train.train(stage, recipe, run, data, 0, nets["student"].config, shape, device, (0, 1), chunks)
+    took, second = next(steps)["seconds"], []
+    kept = [p for net in nets.values() for p in net.parameters()] + [*run.average.values()]
+    kept += [x for optimiser in adam.values() for state in optimiser.state.values() for x in state.values()]
+    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in map(train.local, kept)}
+    if DEVICE == "cuda":  # gradients are freed between steps
+        torch.cuda.reset_peak_memory_stats()
+        second.append(next(steps)["seconds"])
+        held = torch.cuda.max_memory_allocated()
+    else:
+        held = sum(kept.values()) + peak(lambda: second.append(next(steps)["seconds"]))
+    first, took = took, second[0]
+
+    meta = train.networks_on_meta(stage, recipe, config)
+    options = dict(steps=2, chunks=chunks, text_length=TEXT)
+    runs = [train.simulate(stage, recipe, config, shape, n, **options)[1:] for n in train.DEPTHS]
+    flops, activations = train.at_depth(config.num_layers, *runs)
+    plan = sum(train.memory_of(meta, recipe, 1).values()) + activations
+    return took, held, flops, rate, f"{plan / 2**30:13.3g}{held / plan:17.2f}   (first step {first:.3g} s)"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=["forward", "stage1", "memory", "generation", "stream"])
+    parser.add_argument("--preset", choices=list(train.SIZES), help="measure at the true size of a preset")
+    parser.add_argument("--only", choices=["forward", "stage1", "memory", "generation", "stream", "stages"])
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU"
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, eager")
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    if args.preset:
+        return true_size(args)
+    print("float32, eager")
     for section in (forward, stage1, memory, generation, stream):
         if args.only in (None, section.__name__):
             print(f"\n{section.__doc__}")

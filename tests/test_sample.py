@@ -200,13 +200,14 @@ def test_what_is_not_installed_is_named(folder, module, tmp_path, monkeypatch):
 
 def test_too_little_memory_is_told_what_is_needed(folder, tmp_path, monkeypatch):
     def full(*args, **options):
+        monkeypatch.undo()
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     class Card:
         name, total_memory = "A card", 24 * 2**30
 
     monkeypatch.setattr(sample, "generate", full)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
     with pytest.raises(SystemExit, match=r"on A card, 24 GiB: the plan says [0-9.]+ GiB for the network"):
         run("--model", folder[1], "--prompt", "the cat", *SIZE, "--out", tmp_path / "a.gif")
 

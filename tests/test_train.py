@@ -350,11 +350,11 @@ def test_too_little_memory_is_told_what_would_fit(monkeypatch, capsys):
 
     monkeypatch.setattr(train, "run_stage", full)
     with pytest.raises(SystemExit, match="on A card, 24 GiB: the plan says [0-9]+ GiB on each of 1 .*1 of 141 GiB"):
-        run("onpolicy", "--preset", "wan-1.3b", "--batch", "1")
+        run("flowmap", "--preset", "tiny", "--batch", "1")
 
 
 def test_videos_become_shards(tmp_path, capsys):
-    """Each video in its row of a shard, bad ones reported and skipped; an interrupted run goes on, nothing twice."""
+    """Each video in its row of a shard, bad ones reported and skipped; a stopped run goes on, nothing twice."""
     videos, shape, codec = tmp_path / "videos", (3, 3, 4, 6), Codec()
     (videos / "more").mkdir(parents=True)
     for i in range(5):
