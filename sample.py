@@ -169,7 +169,7 @@ def part_of(folder, name):
     """The subfolder of a published folder; ValueError where it is missing."""
     if not (Path(folder) / name).is_dir():
         raise ValueError(
-            f"{folder} has no {name}, expected a published folder: transformer, vae, text_encoder, tokenizer"
+            f"{folder} has no {name}, which a published folder has (sample.py looks for it in --parts)"
         )
     return Path(folder) / name
 
@@ -312,11 +312,11 @@ class Folder:
     the tiny world a prompt is a row of labels, and a latent is a pixel.
     """
 
-    def __init__(self, path, device):
-        self.path, self.device, self.made = path, device, provenance(path)
+    def __init__(self, path, parts, device):
+        self.path, self.parts, self.device, self.made = path, parts or path, device, provenance(path)
         self.tiny = str(self.made.get("preset")).startswith("tiny")
         self.model = Wan.from_pretrained(path)  # on the CPU, as stored, until the text encoder has gone
-        scheduler = Path(path) / "scheduler" / "scheduler_config.json"
+        scheduler = Path(self.parts) / "scheduler" / "scheduler_config.json"
         config = read_json(scheduler) if scheduler.exists() else {}
         self.shift = self.made.get("shift", config.get("shift", config.get("flow_shift", 5.0)))
         frames = sum(self.model.config.chunk_partition)  # 21
@@ -326,7 +326,7 @@ class Folder:
 
     def open_vae(self):
         if not self.tiny:
-            self.vae = VAE(self.path, self.device)
+            self.vae = VAE(self.parts, self.device)
             self.stride = self.vae.stride
 
     def latent_size(self, frames, height, width):
@@ -344,7 +344,7 @@ class Folder:
 
     def encode(self, prompts, dtype):
         if not self.tiny:
-            encode = TextEncoder(self.path, self.device, dtype)
+            encode = TextEncoder(self.parts, self.device, dtype)
             self.known = dict(zip(prompts, encode(prompts).split(1)))
 
     def text(self, prompt):
@@ -471,7 +471,7 @@ def given_frames(args, folder, size):
 
 def run(args):
     """All of the command line's clips. Raises ValueError; OSError and RuntimeError where it cannot go on."""
-    folder, dtype = Folder(args.model, args.device), getattr(torch, args.dtype)
+    folder, dtype = Folder(args.model, args.parts, args.device), getattr(torch, args.dtype)
     formats = formats_of(args, folder)
     jobs = jobs_of(args, formats)
     if not jobs:
@@ -556,6 +556,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--model", default=str(TINY), help="model folder (default: the tiny causal one in the repository)")
+    add("--parts", help="published folder whose VAE and text encoder are used, if --model has none of its own")
     add("--prompt", nargs="+", default=["a slow red disc moving left"], help="one, or several in quotes")
     add("--prompts", help="file of prompts, one in each line; clips are named <prompt>-<i>, as VBench does")
     add("--videos", type=positive, help="clips of each prompt, with seeds SEED, SEED + 1, ...")

@@ -13,6 +13,7 @@ recipe is an option.
 """
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -886,6 +887,7 @@ def networks_on_meta(stage, recipe, config, layers=None):
     return nets
 
 
+@functools.cache
 def simulate(stage, recipe, config, shape, layers, steps=1, place=(0, 1), chunks=None, seed=0, text_length=512):
     """FLOPs, and peaks of activations in bytes from one network call to the next, of each of some steps."""
     nets = networks_on_meta(stage, recipe, config, layers)
@@ -911,14 +913,12 @@ def simulate(stage, recipe, config, shape, layers, steps=1, place=(0, 1), chunks
     return made
 
 
-DEPTHS = (2, 3)  # linear from here: the backward pass of a first layer needs no gradient of its input
-
-
-def at_depth(layers, two, three):
-    """From the steps of networks of the two DEPTHS: mean FLOPs, highest peak."""
-    grow = lambda a, b: a + (b - a) * (layers - DEPTHS[0])
-    flops = [grow(a[0], b[0]) for a, b in zip(two, three)]
-    return sum(flops) / len(flops), max(grow(x, y) for a, b in zip(two, three) for x, y in zip(a[1], b[1]))
+def at_depth(layers, one, two, three=()):
+    """From the steps of networks of one, two and three layers: mean FLOPs; the highest peak, if there are three."""
+    flops = [a[0] + (b[0] - a[0]) * (layers - 1) for a, b in zip(one, two)]
+    # From the second on: to go back through a first layer needs no gradient of what enters it.
+    peaks = [x + (y - x) * (layers - 2) for a, b in zip(two, three) for x, y in zip(a[1], b[1])]
+    return sum(flops) / len(flops), max(peaks, default=0)
 
 
 def parameters(config):
@@ -931,7 +931,7 @@ def cost_of_sampling(config, shape, text_length=512, steps=4):
     from sample import generate
 
     runs = []
-    for layers in DEPTHS:
+    for layers in (1, 2, 3):
         with torch.device("meta"):
             net = Wan(replace(config, num_layers=layers)).bfloat16()
         with counting([net]) as cost, torch.no_grad():
@@ -973,21 +973,32 @@ CARDS = (24, 80, 141)  # GiB, as their makers round it
 def plan_of(stage, recipe, config, shape, gpus, per_node=8):
     """FLOPs of a mean step on one GPU, the one with most to do, and {part: bytes} of its memory at most."""
 
-    def cost(stage, chunks=None, steps=1, **changes):
-        changed, steps = replace(recipe, **changes), 4 if recipe.batch == 1 else steps  # one clip: a jump, or none
-        runs = [simulate(stage, changed, config, shape, n, steps, (gpus - 1, gpus), chunks) for n in DEPTHS]
+    # The last GPU has a jump to differentiate. One alone with one clip has it in some steps: the halves of a batch.
+    busiest, places = (gpus - 1, gpus), {(gpus - 1, gpus): 1.0}
+    if recipe.batch == 1:
+        busiest, places = (1, 2), {(1, 2): 1 - recipe.diffusion, (0, 2): recipe.diffusion}
+        recipe = replace(recipe, batch=2)
+    alike = dict(steps=1, lr=1.0, fake_lr=1.0, beta1=0.0, beta2=0.0, warmup=0, ema=0.0, ema_start=0)  # in cost
+
+    def cost(stage, chunks=None, place=busiest, steps=1, depths=(1, 2, 3), **changes):
+        changed = replace(recipe, **alike | changes)
+        runs = [simulate(stage, changed, config, shape, n, steps, place, chunks) for n in depths]
         return at_depth(config.num_layers, *runs)
 
     def mean(stage):
-        """Over the numbers of chunks, and the steps with flow matching of the whole clip beside."""
+        """Over numbers of chunks, and steps with flow matching of the whole clip beside; and the highest peak."""
         most, least = len(config.chunk_partition), config.full_chunk_limit
         numbers = range(min(least, most), most + 1) if config.kind == "causal" else [None]
-        costs = [cost(stage, n, bidirectional=0.0) for n in numbers]
-        flops = (costs[0][0] + sum(flops for flops, _ in costs) / len(costs)) / 2
+        costs, some = [], places if stage == "flowmap" else {busiest: 1.0}
+        for n in numbers:
+            depths = (1, 2, 3) if n == numbers[-1] else (1, 2)  # the most chunks need the most memory
+            made = {place: cost(stage, n, place, depths=depths, bidirectional=0.0) for place in some}
+            costs.append((sum(share * made[place][0] for place, share in some.items()), made[busiest][1]))
+        flops, peak = (costs[0][0] + sum(flops for flops, _ in costs) / len(costs)) / 2, costs[-1][1]
         if config.kind == "causal" and stage in ("teacher", "flowmap") and recipe.bidirectional:
-            costs.append(cost(stage, numbers[0], bidirectional=1.0))
-            flops += recipe.bidirectional * (costs[-1][0] - costs[0][0])
-        return flops, max(peak for _, peak in costs)
+            both, alone = (cost(stage, numbers[-1], bidirectional=share) for share in (1.0, 0.0))
+            flops, peak = flops + recipe.bidirectional * (both[0] - alone[0]), max(peak, both[1])
+        return flops, peak
 
     parts = memory_of(networks_on_meta(stage, recipe, config), recipe, min(gpus, per_node))
     if stage != "onpolicy":
@@ -1000,10 +1011,11 @@ def plan_of(stage, recipe, config, shape, gpus, per_node=8):
     if beside == "consistency":
         more, peak = cost(stage, chunks, steps=8)
     else:
-        (one, _), (three, peak) = (cost(stage, chunks, rollout_steps=(n,)) for n in (1, 10**6))
+        one, _ = cost(stage, chunks, depths=(1, 2), rollout_steps=(1,))
+        three, peak = cost(stage, chunks, rollout_steps=(10**6,))
         more = one + (three - one) * sum(1 - 1 / n for n in recipe.rollout_steps) / len(recipe.rollout_steps)
     parts["rollout"] = max(0, peak - parts["activations"])
-    return flops + more - cost(beside, chunks)[0], parts
+    return flops + more - cost(beside, chunks, depths=(1, 2))[0], parts
 
 
 def fits(parts, shards, per_node, card):
@@ -1069,6 +1081,15 @@ def run_plan(args):
     print(f"\nstages 1 and 2 together: {days['flowmap'] + days['onpolicy']:.3g} GPU-days")
     print(f"\nmemory of a GPU, GiB\n{'':12}" + "".join(f"{part:>12}" for part in (*PARTS, "total")))
     print("\n".join(table))
+
+    def stage_2(**changes):
+        recipe = replace(recipes["onpolicy"], **changes)
+        parts = memory_of(networks_on_meta("onpolicy", recipe, config), recipe, 1)
+        return (parts["weights"] + parts["optimiser"]) / 2**30
+
+    forms = {"three whole networks": dict(lora=0), "three with LoRA": dict(share=False), "this recipe": {}}
+    held = ", ".join(f"{name} {stage_2(**changes):.4g}" for name, changes in forms.items())
+    print(f"\nweights and optimiser states of stage 2 in all, GiB: {held}")
 
 
 # ------------------------------------------------------------------------------------------------------------

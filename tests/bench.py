@@ -377,7 +377,7 @@ def training_step(preset, stage, compiled, rate):
 
     meta = train.networks_on_meta(stage, recipe, config)
     options = dict(steps=2, chunks=chunks, text_length=TEXT)
-    runs = [train.simulate(stage, recipe, config, shape, n, **options)[1:] for n in train.DEPTHS]
+    runs = [train.simulate(stage, recipe, config, shape, n, **options)[1:] for n in (1, 2, 3)]
     flops, activations = train.at_depth(config.num_layers, *runs)
     plan = sum(train.memory_of(meta, recipe, 1).values()) + activations
     return took, held, flops, rate, f"{plan / 2**30:13.3g}{held / plan:17.2f}   (first step {first:.3g} s)"

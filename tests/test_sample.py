@@ -58,7 +58,7 @@ def pixels(monkeypatch):
     """What would be written, uint8 (F, H, W, 3): an MP4 is not the same pixels again."""
     made = []
     monkeypatch.setattr(
-        sample, "write", lambda stem, formats, latents, pixels, fps: made.append(pixels) or str(stem)
+        sample, "save", lambda stem, formats, latents, pixels, fps: made.append(pixels) or str(stem)
     )
     return made
 
@@ -106,6 +106,15 @@ def test_given_frames_go_in_as_in_the_published_pipelines(folder, pixels, task, 
     theirs = pipe(prompt=PROMPT, video=given[None], num_frames=FRAMES, height=HEIGHT, width=WIDTH,
                   num_inference_steps=2, generator=torch.Generator().manual_seed(0))  # fmt: skip
     assert np.abs(255 * theirs.frames[0] - pixels[0]).max() <= 0.51  # half for rounding to uint8
+
+
+def test_a_trained_network_borrows_vae_and_text_encoder(folder, pixels, tmp_path):
+    """--parts: what train.py leaves is the network alone; a published folder lends the rest."""
+    _, path = folder
+    shutil.copytree(path / "transformer", tmp_path / "network")
+    for options in (["--model", path], ["--model", tmp_path / "network", "--parts", path]):
+        run(*options, "--prompt", PROMPT, *SIZE, "--out", tmp_path / "a.gif")
+    assert np.array_equal(*pixels)
 
 
 def test_embeddings_are_zero_behind_the_prompt(folder):

@@ -201,7 +201,7 @@ def test_plan_is_what_a_step_takes(stage, checkpointing):
     config, shape, stages = train.preset("tiny")
     changes = dict(batch=8, target="data", lora=4, share=False, checkpointing=checkpointing, rollout_steps=(8,))
     recipe = train.replace(train.Recipe(**stages[stage]), **changes)
-    runs = [train.simulate(stage, recipe, config, shape, layers, text_length=4) for layers in train.DEPTHS]
+    runs = [train.simulate(stage, recipe, config, shape, layers, text_length=4) for layers in (1, 2, 3)]
     flops, peak = train.at_depth(config.num_layers, *runs)
 
     cpu = torch.device("cpu")
@@ -241,6 +241,26 @@ def adapted(story, tmp_path_factory):
 
 
 JUDGED = {"tiny": ("teacher", "teacher"), "tiny-causal": ("causal-teacher", "teacher")}
+
+
+@pytest.mark.parametrize("kind", ["anyflow", "causal"])
+def test_from_a_published_teacher_to_what_diffusers_opens(kind, tmp_path):
+    """Both stages on a folder that diffusers saved, with LoRA on one base: diffusers opens all that they leave."""
+    diffusers = pytest.importorskip("diffusers")
+    config, _, _ = train.preset("tiny-causal" if kind == "causal" else "tiny")
+    small = {key: value for key, value in train.replace(config, kind="teacher").to_dict().items() if key[0] != "_"}
+    diffusers.WanTransformer3DModel(**small).save_pretrained(tmp_path / "wan" / "transformer")
+    wan, options = tmp_path / "wan", ["--steps", "2", "--lora", "4", "--target", "data", *BRIEF]
+    options += ["--preset", "tiny-causal" if kind == "causal" else "tiny"]
+    run("flowmap", *options, "--init", wan, "--out", tmp_path / "forward")
+    run("onpolicy", *options, "--init", tmp_path / "forward", "--teacher", wan, "--out", tmp_path / "anyflow")
+    names = {"anyflow": "AnyFlowTransformer3DModel", "causal": "AnyFlowFARTransformer3DModel"}
+    reference, info = getattr(diffusers, names[kind]).from_pretrained(
+        tmp_path / "anyflow", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ours = Wan.from_pretrained(tmp_path / "anyflow")
+    assert all(torch.equal(value, ours.state_dict()[key]) for key, value in reference.state_dict().items())
 
 
 @pytest.mark.parametrize("preset, processes", [("tiny", 1), ("tiny-causal", 2)])
