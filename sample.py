@@ -190,6 +190,7 @@ class TextEncoder:
     def __init__(self, folder, device="cpu", dtype=torch.float32):
         folders = part_of(folder, "tokenizer"), part_of(folder, "text_encoder")
         transformers = optional("transformers", "a prompt")
+        transformers.utils.logging.disable_progress_bar()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
         self.model = transformers.UMT5EncoderModel.from_pretrained(folders[1], dtype=dtype).to(device).eval()
 
@@ -213,7 +214,7 @@ class VAE:
     def __init__(self, folder, device="cpu"):
         folder = part_of(folder, "vae")
         diffusers = optional("diffusers", "a video in pixels")
-        self.model = diffusers.AutoencoderKLWan.from_pretrained(folder).to(device, torch.float32).eval()
+        self.model = diffusers.AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
         config = self.model.config
         wide = lambda values: torch.tensor(values, device=device).view(-1, 1, 1, 1)
         self.mean, self.std = wide(config.latents_mean), wide(config.latents_std)
@@ -460,9 +461,13 @@ def given_frames(args, folder, size):
     if args.image:
         video, cut = read_image(args.image, height, width)
     else:
-        frames = args.given or 6 * folder.stride[0] + 1
-        if (frames - 1) % folder.stride[0]:
-            raise ValueError(f"--given is {frames}, expected 1 more than a multiple of {folder.stride[0]}")
+        chunks, frames = (1,) * size[0], args.given or 6 * folder.stride[0] + 1
+        if folder.model.config.kind == "causal":
+            chunks = args.chunks or folder.model.config.chunk_partition
+        ends = [folder.stride[0] * (sum(chunks[:i]) - 1) + 1 for i in range(1, len(chunks))]
+        if frames not in ends:
+            some = f"{', '.join(map(str, ends[:3]))}{', ...' * (len(ends) > 3)}"
+            raise ValueError(f"{frames} frames of --video are given, expected --given {some} where a chunk ends")
         video, cut = read_video(args.video, frames, height, width)
     if cut:
         print(f"{args.image or args.video}: of another aspect than {width} x {height}, used the middle, {cut}")

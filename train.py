@@ -247,8 +247,10 @@ def prepare(videos, folder, shape, text_dim, encode, vae, size=32, rank=0, world
             latents = vae.encode(video[None])[0].bfloat16().cpu().contiguous()
         except (ValueError, OSError) as error:
             rows.append(row | {"error": str(error)})
-            tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
         else:
+            if latents.shape != shape:
+                raise ValueError(f"the VAE makes latents {tuple(latents.shape)}, expected {shape} for the preset")
             text = encode([caption.read_text()])[0].bfloat16()
             clips.append((latents, text, row | ({"used": cut} if cut else {})))
         if len(clips) == size:

@@ -19,7 +19,7 @@ SIZE = ["--frames", str(FRAMES), "--height", str(HEIGHT), "--width", str(WIDTH),
 PROMPT = " The <b>cat</b>   runs &amp;amp; \n a caf\u00e9 "
 
 
-def published(path, kind):
+def published(path, kind, text_dim=32):
     """A folder as published, of random small networks: the pipeline, and the folder it was saved to."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -32,13 +32,13 @@ def published(path, kind):
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokens, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
-    small = transformers.UMT5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    small = transformers.UMT5Config(vocab_size=32, d_model=text_dim, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     vae = diffusers.AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     own = dict(chunk_partition=(1, 2, 2)) if kind == "causal" else {}
     name = "AnyFlowFAR" if kind == "causal" else "AnyFlow"
     network = getattr(diffusers, f"{name}Transformer3DModel")(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=16, out_channels=16,
-        text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2, **own)  # fmt: skip
+        text_dim=text_dim, freq_dim=32, ffn_dim=64, num_layers=2, **own)  # fmt: skip
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=3)  # not the default: it is read from the folder
     encoder = transformers.UMT5EncoderModel(small)
     parts = tokenizer, encoder.eval(), network.eval(), vae.eval(), scheduler
@@ -174,6 +174,8 @@ BAD = {
     "missing video|no file": lambda f, t: ["--video", t / "none.mp4", "--out", t / "a.gif"],
     "short video|has 30 frames at 16 frames a second, expected 33": lambda f, t: [
         "--video", movie(t / "b.mp4"), "--given", 33, "--frames", 37, "--chunks", 1, 8, 1, "--out", t / "a.gif"],
+    "inside a chunk|7 frames of --video are given": lambda f, t: [
+        "--video", movie(t / "b.mp4"), "--given", 7, "--out", t / "a.gif"],
     "frames|frames are 16, expected 1 more": lambda f, t: ["--frames", 16, "--out", t / "a.gif"],
     "height|height or width is 65": lambda f, t: ["--height", 65, "--out", t / "a.gif"],
     "unwritable|Not a directory|File exists": lambda f, t: ["--out", write(t / "file", "") / "a.gif"],
