@@ -461,10 +461,11 @@ def given_frames(args, folder, size):
     if args.image:
         video, cut = read_image(args.image, height, width)
     else:
-        chunks, frames = (1,) * size[0], args.given or 6 * folder.stride[0] + 1
+        chunks = (1,) * size[0]
         if folder.model.config.kind == "causal":
             chunks = args.chunks or folder.model.config.chunk_partition
         ends = [folder.stride[0] * (sum(chunks[:i]) - 1) + 1 for i in range(1, len(chunks))]
+        frames = args.given or max(end for end in ends if end <= 25)
         if frames not in ends:
             some = f"{', '.join(map(str, ends[:3]))}{', ...' * (len(ends) > 3)}"
             raise ValueError(f"{frames} frames of --video are given, expected --given {some} where a chunk ends")
@@ -568,7 +569,11 @@ def main(argv=None):
     add("--negative", default="", help="prompt to be guided away from (default: the empty one)")
     add("--image", help="first frame")
     add("--video", help="file whose first frames are given")
-    add("--given", type=positive, help="how many frames of --video (default 25), or of the tiny world's truth")
+    add(
+        "--given",
+        type=positive,
+        help="how many frames of --video (default 25, or the end of a chunk below), or of the tiny world's truth",
+    )
     add("--text", help="safetensors: `text` (B, L, text_dim), perhaps `null_text`, in place of --prompt")
     add("--context", help="safetensors: `latents` (B, f, C, h, w), given first frames")
     add("--out", type=Path, default=Path("out/clip"), help="file .mp4, .gif, .png (some frames) or .safetensors"
