@@ -247,20 +247,19 @@ class Block(nn.Module):
         policy = dict(context_fn=keep_self_attention) if checkpointing == "selective" else {}
         return checkpoint(self.compute, x, *inputs, use_reentrant=False, **policy)
 
-    def compute(self, x, modulation, spans, rope, text, past=None, mask=None, blank=0, keep=None):
-        """The block on tokens x (B, N, width), returned in that shape.
+    def compute(self, x, modulation, spans, rope, text, past=None, mask=None, blank=0, keep=False):
+        """The block on tokens x (B, N, width), returned in that shape; with keep also their keys and values.
 
         modulation: (B, f, 6, width). spans: frames, and tokens a frame, of each group. rope: of `rotate`. text:
         embedded (B, L, width), or its keys and values. past: cached keys and values, before x. blank: how many keys
-        and values of zero come after x. keep: a list that takes those of x, for a cache.
+        and values of zero come after x.
         """
         m = (self.scale_shift_table + modulation.float()).unbind(2)  # shift, scale, gate; shift, scale, gate
 
         h = modulate(x, m[0], m[1], spans, self.eps)
         k, v = self.attn1.key_value(h)
         k = rotate(k, rope)
-        if keep is not None:
-            keep.append((k, v))
+        own = (k, v) if keep else None
         if past is not None:
             k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
         if blank:
@@ -272,7 +271,8 @@ class Block(nn.Module):
         text = self.attn2.key_value(text) if torch.is_tensor(text) else text
         x = x + self.attn2.attend(self.attn2.query(h), *text)
 
-        return gated(x, self.ffn(modulate(x, m[3], m[4], spans, self.eps)), m[5], spans)
+        x = gated(x, self.ffn(modulate(x, m[3], m[4], spans, self.eps)), m[5], spans)
+        return (x, own) if keep else x
 
 
 ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in (
@@ -550,15 +550,21 @@ class Wan(nn.Module):
         return torch.view_as_real(torch.cat(axes, -1).flatten(0, 2))
 
     def _blocks(self, groups, text, past=None, mask=None, blank=0, keep=None):
-        """All blocks over all groups: tokens (B, N, width), and e (B, f, width)."""
+        """All blocks over all groups: tokens (B, N, width), and e (B, f, width).
+
+        keep: a list that takes the keys and values of every block, for a cache.
+        """
         x = torch.cat([g.tokens for g in groups], 1)
         t, r = torch.cat([g.t for g in groups], 1), torch.cat([g.r for g in groups], 1)
         e, modulation = self.condition_embedder.times(t, r)
         rope, spans = torch.cat([g.rope for g in groups]), [g.span for g in groups]
         for i, block in enumerate(self.blocks):
             prompt = text if torch.is_tensor(text) else text[i]
-            inputs = (modulation, spans, rope, prompt, past[i] if past else None, mask, blank, keep)
+            inputs = (modulation, spans, rope, prompt, past[i] if past else None, mask, blank, keep is not None)
             x = block(x, *inputs, checkpointing=self.checkpointing if torch.is_grad_enabled() else "none")
+            if keep is not None:
+                x, own = x
+                keep.append(own)
         return x, e
 
     def _check(self, z, text, clean, chunks, cache):
