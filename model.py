@@ -210,9 +210,20 @@ class Attention(nn.Module):
         return self.to_out[0](x.transpose(1, 2).flatten(2))
 
 
+GRAPHS = 64  # that one function may be compiled to: chunks have many shapes, each with and without gradient
+
+
 @functools.cache
 def compiled_flex_attention():
+    torch._dynamo.config.recompile_limit = GRAPHS
     return torch.compile(flex_attention, dynamic=False)
+
+
+def compile_blocks(model):
+    """Compile a network block by block, so that all blocks share their graphs."""
+    torch._dynamo.config.recompile_limit = GRAPHS
+    for block in model.blocks:
+        block.compile()
 
 
 class FeedForward(nn.Module):
@@ -245,7 +256,7 @@ class Block(nn.Module):
         if checkpointing == "none":
             return self.compute(x, *inputs)
         policy = dict(context_fn=keep_self_attention) if checkpointing == "selective" else {}
-        return checkpoint(self.compute, x, *inputs, use_reentrant=False, **policy)
+        return checkpoint(self.compute, x, *inputs, use_reentrant=False, preserve_rng_state=False, **policy)
 
     def compute(self, x, modulation, spans, rope, text, past=None, mask=None, blank=0, keep=False):
         """The block on tokens x (B, N, width), returned in that shape; with keep also their keys and values.
@@ -281,7 +292,7 @@ ATTENTION.append(torch.ops.higher_order.flex_attention)
 
 
 def is_self_attention(context, op, q=None, k=None, *args, **kwargs):
-    own = op in ATTENTION and q.shape[2] == k.shape[2]
+    own = op in ATTENTION and q.shape[2] <= k.shape[2]  # more tokens than a prompt; some keys may be cached
     return CheckpointPolicy.MUST_SAVE if own else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -754,13 +765,12 @@ class LoRALinear(nn.Linear):
         return self.weight + added.to(self.weight.dtype)
 
 
-def low_rank(difference, rank, tolerance):
-    """(up, down) with up @ down = difference (outputs, inputs) within tolerance, a norm, or None."""
-    with torch.random.fork_rng():
+def low_rank(difference, rank):
+    """up (outputs, rank) and down (rank, inputs) whose product is nearest to the difference (outputs, inputs)."""
+    with torch.random.fork_rng(devices=[difference.device] if difference.is_cuda else []):
         torch.manual_seed(0)  # the same on every process, and not of a run's random numbers
         up, sizes, down = torch.svd_lowrank(difference, min(rank + 8, *difference.shape), niter=4)
-    up, down = (up * sizes)[:, :rank].contiguous(), down[:, :rank].mT.contiguous()
-    return (up, down) if (difference - up @ down).norm() <= tolerance else None
+    return (up * sizes)[:, :rank].contiguous(), down[:, :rank].mT.contiguous()
 
 
 def add_lora(model, rank, alpha, pattern=LORA, starts=None):

@@ -12,6 +12,7 @@ transformers run; without them, embeddings go in (--text) and latents come out.
 
 import argparse
 import functools
+import hashlib
 import html
 import importlib
 import importlib.util
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import anyflow
-from model import Wan, provenance, read_json, write
+from model import Wan, compile_blocks, provenance, read_json, write
 
 TINY = Path(__file__).parent / "toy" / "weights" / "causal-anyflow"
 
@@ -133,7 +134,9 @@ def partition(frames, chunks):
     for i in range(1, len(chunks) + 1):
         if sum(chunks[:i]) == frames:
             return tuple(chunks[:i])
-    raise ValueError(f"{frames} frames are no sum of the model's first chunks {tuple(chunks)}; name other chunks")
+    raise ValueError(
+        f"{frames} latent frames are no sum of the model's first chunks {tuple(chunks)}; name --chunks"
+    )
 
 
 def check_context(context, noise):
@@ -174,11 +177,30 @@ def part_of(folder, name):
     return Path(folder) / name
 
 
+def loaded(kind, folder, **options):
+    """kind.from_pretrained(folder), or ValueError: whatever is wrong, and where weights are missing."""
+    try:
+        made = kind.from_pretrained(folder, **options)
+    except Exception as error:  # diffusers and transformers raise many
+        raise ValueError(f"{folder} cannot be loaded: {first_line(error)}") from None
+    made, report = made if isinstance(made, tuple) else (made, {})
+    if report.get("missing_keys"):
+        raise ValueError(f"{folder} lacks {', '.join(sorted(report['missing_keys'])[:3])}")
+    return made
+
+
 def clean_prompt(prompt):
     """As the published pipelines do: mend encodings (where ftfy is installed), unescape HTML, single spaces."""
     if importlib.util.find_spec("ftfy"):
         prompt = importlib.import_module("ftfy").fix_text(prompt)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
+def finite(x, name):
+    """x, or ValueError where it holds NaN or infinity: weights are damaged, or too large for their precision."""
+    if not x.isfinite().all():
+        raise ValueError(f"{(~x.isfinite()).sum()} of {x.numel()} {name} are not finite")
+    return x
 
 
 class TextEncoder:
@@ -191,8 +213,9 @@ class TextEncoder:
         folders = part_of(folder, "tokenizer"), part_of(folder, "text_encoder")
         transformers = optional("transformers", "a prompt")
         transformers.utils.logging.disable_progress_bar()
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
-        self.model = transformers.UMT5EncoderModel.from_pretrained(folders[1], dtype=dtype).to(device).eval()
+        self.tokenizer = loaded(transformers.AutoTokenizer, folders[0])
+        model = loaded(transformers.UMT5EncoderModel, folders[1], dtype=dtype, output_loading_info=True)
+        self.model = model.to(device).eval()
 
     @torch.no_grad()
     def __call__(self, prompts, length=512):
@@ -203,7 +226,7 @@ class TextEncoder:
                 prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             ).to(self.model.device)
             states = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state
-            texts.append((states * tokens.attention_mask[..., None]).cpu())
+            texts.append(finite(states.masked_fill(tokens.attention_mask[..., None] == 0, 0), "embeddings").cpu())
         return torch.cat(texts)
 
 
@@ -214,7 +237,9 @@ class VAE:
     def __init__(self, folder, device="cpu"):
         folder = part_of(folder, "vae")
         diffusers = optional("diffusers", "a video in pixels")
-        self.model = diffusers.AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
+        options = dict(torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True)
+        model = loaded(diffusers.AutoencoderKLWan, folder, **options)
+        self.model = model.to(device).eval()
         config = self.model.config
         wide = lambda values: torch.tensor(values, device=device).view(-1, 1, 1, 1)
         self.mean, self.std = wide(config.latents_mean), wide(config.latents_std)
@@ -223,12 +248,12 @@ class VAE:
     @torch.no_grad()
     def encode(self, video):
         moments = self.model.encode(2 * video.transpose(1, 2).to(self.device) - 1).latent_dist
-        return ((moments.mode() - self.mean) / self.std).transpose(1, 2)
+        return finite((moments.mode() - self.mean) / self.std, "latents").transpose(1, 2)
 
     @torch.no_grad()
     def decode(self, latents):
         latents = latents.float().to(self.device).transpose(1, 2) * self.std + self.mean
-        return (self.model.decode(latents).sample / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+        return finite(self.model.decode(latents).sample / 2 + 0.5, "pixels").clamp(0, 1).transpose(1, 2)
 
 
 def fit(frame, height, width):
@@ -250,8 +275,10 @@ def read_image(path, height, width):
 
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"{path} has numbers of mode {image.mode}, expected 8 bits for each colour")
             frame, cut = fit(np.array(ImageOps.exif_transpose(image).convert("RGB")), height, width)
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no image that can be read: {str(error).splitlines()[0]}") from None
     return frame[None], cut
 
@@ -266,24 +293,22 @@ def read_video(path, frames, height, width, fps=FPS):
     optional("imageio_ffmpeg", "a video file")
     read, cut = [], None
     try:
-        own = imageio.immeta(path, plugin="FFMPEG")["fps"]
-        wanted = [
-            round(i * own / fps) for i in range(frames)
-        ]  # frames may repeat where fps is above the file's own
-        for i, frame in enumerate(imageio.imiter(path, plugin="FFMPEG")):
+        own = imageio.immeta(path, plugin="FFMPEG", extension=".mp4")["fps"]
+        wanted = [int(i * own / fps + 0.5) for i in range(frames)]  # some twice, where the file's rate is lower
+        for i, frame in enumerate(imageio.imiter(path, plugin="FFMPEG", extension=".mp4")):
             if i in wanted[len(read) :]:
                 picture, cut = fit(frame, height, width)
                 read += [picture] * wanted.count(i)
             if len(read) == frames:
                 break
     except (OSError, RuntimeError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is no video that ffmpeg can read: {reason(error)}") from None
+        raise ValueError(f"{path} is no video that ffmpeg can read: {first_line(error)}") from None
     if len(read) < frames:
         raise ValueError(f"{path} has {len(read)} frames at {fps} frames a second, expected {frames}")
     return torch.stack(read), cut
 
 
-def reason(error):
+def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -328,7 +353,9 @@ class Folder:
     def open_vae(self):
         if not self.tiny:
             self.vae = VAE(self.parts, self.device)
-            self.stride = self.vae.stride
+            self.stride, made, wanted = self.vae.stride, len(self.vae.mean), self.model.config.in_channels
+            if made != wanted:
+                raise ValueError(f"{self.parts}/vae makes {made} channels, expected {wanted} for the network")
 
     def latent_size(self, frames, height, width):
         """(F, h, w) for numbers of frames and pixels; None stands for what the model was trained for."""
@@ -338,9 +365,11 @@ class Folder:
             f += 1
             if rest:
                 raise ValueError(f"frames are {frames}, expected 1 more than a multiple of {self.stride[0]}")
-        for size in (height, width):
-            if size is not None and size % self.stride[1]:
-                raise ValueError(f"height or width is {size}, expected a multiple of {self.stride[1]}")
+        config = self.model.config
+        patch = config.compressed_patch_size if config.kind == "causal" else config.patch_size
+        for name, size, cells in (("height", height, patch[1]), ("width", width, patch[2])):
+            if size is not None and size % (self.stride[1] * cells):
+                raise ValueError(f"{name} is {size}, expected a multiple of {self.stride[1] * cells}")
         return f, height // self.stride[1] if height else h, width // self.stride[1] if width else w
 
     def encode(self, prompts, dtype):
@@ -384,13 +413,13 @@ def check_writer():
     try:
         optional("imageio_ffmpeg", "an MP4 file").get_ffmpeg_exe()
     except RuntimeError as error:
-        raise ValueError(f"an MP4 file needs ffmpeg: {reason(error)}; --out FILE.gif does without") from None
+        raise ValueError(f"an MP4 file needs ffmpeg: {first_line(error)}; --out FILE.gif does without") from None
 
 
 def formats_of(args, folder):
     """The endings to write: of --out; else all in the tiny world, an MP4 for prompts, latents for embeddings."""
-    if args.out.suffix in FORMATS:
-        formats = [args.out.suffix]
+    if args.out.suffix.lower() in FORMATS:
+        formats = [args.out.suffix.lower()]
     elif folder.tiny:
         formats = [ending for ending in FORMATS if ending != ".mp4" or importlib.util.find_spec("imageio_ffmpeg")]
     else:
@@ -406,8 +435,15 @@ def save(stem, formats, latents, pixels, fps):
 
     def mp4(part):
         import imageio.v3 as imageio
+        import imageio_ffmpeg
 
         imageio.imwrite(part, pixels, plugin="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=2)
+        try:  # imageio does not ask whether ffmpeg could
+            whole = imageio_ffmpeg.count_frames_and_secs(str(part))[0] == len(pixels)
+        except RuntimeError:
+            whole = False
+        if not whole:
+            raise OSError(f"ffmpeg could not write {stem}.mp4: is there space left?")
 
     savers = {
         ".safetensors": lambda part: save_file({"latents": latents.contiguous()}, part),
@@ -423,29 +459,38 @@ def save(stem, formats, latents, pixels, fps):
 
 def jobs_of(args, formats):
     """[(prompt, seed, stem)] of what to make: one clip at --out, or several in that folder, named as by VBench."""
+    one = args.out.suffix.lower() in FORMATS
+    stem = args.out.with_suffix("") if one else args.out
     if args.text:
-        return [(None, args.seed, args.out.with_suffix("") if args.out.suffix in FORMATS else args.out)]
+        return [(None, args.seed, stem)]
     prompts = args.prompt
     if args.prompts:
         try:
-            prompts = [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+            lines = Path(args.prompts).read_text("utf-8-sig").splitlines()
+            prompts = [line.strip() for line in lines if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--prompts {args.prompts} cannot be read: {error}") from None
         if not prompts:
             raise ValueError(f"--prompts {args.prompts} has no prompt, expected one in each line")
-    if not any(map(str.strip, prompts)):
+    if not all(map(str.strip, prompts)):
         raise ValueError("--prompt is empty, expected some words")
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"--prompt is no UTF-8: {error}") from None
     if len(prompts) == 1 and not args.prompts and args.videos is None:
-        return [(prompts[0], args.seed, args.out.with_suffix("") if args.out.suffix in FORMATS else args.out)]
-    if args.out.suffix in FORMATS or args.out.is_file():
+        return [(prompts[0], args.seed, stem)]
+    if one or args.out.is_file():
         raise ValueError(f"--out {args.out} is a file, expected a folder for several clips")
     jobs = []
     for prompt in dict.fromkeys(prompts):
         name = prompt.replace("/", "_").encode()[:200].decode(errors="ignore")  # a file's name has 255 bytes
+        if name != prompt:  # and another prompt may look like it
+            name += "-" + hashlib.sha1(prompt.encode()).hexdigest()[:8]
         jobs += [(prompt, args.seed + i, args.out / f"{name}-{i}") for i in range(args.videos or 1)]
     kept = [job for job in jobs if not all(Path(f"{job[2]}{ending}").exists() for ending in formats)]
     if len(kept) < len(jobs):
-        print(f"{len(jobs) - len(kept)} of {len(jobs)} are there already")
+        print(f"{len(jobs) - len(kept)} of {len(jobs)} are there already, made with whatever settings")
     return kept
 
 
@@ -464,8 +509,9 @@ def given_frames(args, folder, size):
         chunks = (1,) * size[0]
         if folder.model.config.kind == "causal":
             chunks = args.chunks or folder.model.config.chunk_partition
-        ends = [folder.stride[0] * (sum(chunks[:i]) - 1) + 1 for i in range(1, len(chunks))]
-        frames = args.given or max(end for end in ends if end <= 25)
+        ends = [sum(chunks[:i]) for i in range(1, len(chunks))]
+        ends = [folder.stride[0] * (end - 1) + 1 for end in ends if end < size[0]] or [1]
+        frames = args.given or max(end for end in ends if end <= 25 or end == ends[0])
         if frames not in ends:
             some = f"{', '.join(map(str, ends[:3]))}{', ...' * (len(ends) > 3)}"
             raise ValueError(f"{frames} frames of --video are given, expected --given {some} where a chunk ends")
@@ -483,19 +529,20 @@ def run(args):
     if not jobs:
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=args.out.parent):  # an unwritable place is found before the work, not after it
-        pass
+    with tempfile.TemporaryFile(dir=args.out if args.out.is_dir() else args.out.parent):
+        pass  # an unwritable place is found before the work, not after it
     if formats != [".safetensors"] or args.image or args.video:
         folder.open_vae()
     size = folder.latent_size(args.frames, args.height, args.width)
+    if folder.model.config.kind == "causal" and not args.chunks:
+        partition(size[0], folder.model.config.chunk_partition)
     context = given_frames(args, folder, size)
     stored = read_tensors(args.text, "text") if args.text else {}
     if not stored:
         folder.encode(list(dict.fromkeys([job[0] for job in jobs] + [args.negative])), dtype)
     model = folder.model.to(args.device, dtype)
     if args.compile:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model)
     if not 0 <= args.guidance < math.inf:
         raise ValueError(f"guidance is {args.guidance}, expected a number of at least 0")
     options = dict(shift=folder.shift if args.shift is None else args.shift, guidance=args.guidance)
@@ -522,6 +569,7 @@ def run(args):
                 )
             finally:
                 counter.remove()
+        finite(latents, "latents")
         pixels = folder.pixels(latents.float().cpu()) if formats != [".safetensors"] else None
         print("wrote " + save(stem, formats, latents.float().cpu(), pixels, folder.fps))
 
@@ -529,23 +577,24 @@ def run(args):
     for job in jobs:
         try:
             make(*job)
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, torch.OutOfMemoryError):
-                error = ValueError(too_large(model.config, size, args.device))
+                error = ValueError(too_large(model.config, size, args.chunks, args.device))
             if len(jobs) == 1:
                 raise error from None
-            failed.append(f"{job[2].name}: {reason(error)}")
+            failed.append(f"{job[2].name}: {first_line(error)}")
             print(f"failed: {failed[-1]}", file=sys.stderr)
     if failed:
-        raise ValueError(f"{len(failed)} of {len(jobs)} clips failed: {'; '.join(failed)}")
+        more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+        raise ValueError(f"{len(failed)} of {len(jobs)} clips failed: {'; '.join(failed[:3])}{more}")
 
 
-def too_large(config, size, device):
+def too_large(config, size, chunks, device):
     """What the plan of `train.py` says to a clip of F, h, w latents that found too little GPU memory."""
     from train import cost_of_sampling, parameters
 
     card, (frames, *area) = torch.cuda.get_device_properties(device), size
-    _, peak = cost_of_sampling(config, (frames, config.in_channels, *area))
+    _, peak = cost_of_sampling(config, (frames, config.in_channels, *area), chunks=chunks)
     needs = (2 * parameters(config) + peak) / 2**30
     has = f"out of memory on {card.name}, {card.total_memory / 2**30:.0f} GiB"
     needs = f"the plan says {needs:.1f} GiB for the network in bfloat16, and the VAE comes on top"
@@ -591,12 +640,16 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action="store_true", help="compile the blocks: a minute once, then faster")
     args = parser.parse_args(argv)
-    if not args.out.name or (args.out.is_dir() and args.out.suffix in FORMATS):
+    if not args.out.name or (args.out.is_dir() and args.out.suffix.lower() in FORMATS):
         parser.error(f"--out {args.out} is a folder, expected a file")
+    if args.out.suffix.lower() in (".avi", ".mov", ".mkv", ".webm", ".jpg", ".jpeg"):
+        parser.error(f"--out {args.out} has the ending {args.out.suffix}, expected one of {', '.join(FORMATS)}")
+    if args.prompts and args.text or (args.text and args.videos):
+        parser.error("--text is embeddings in place of prompts, expected it without --prompts and --videos")
     if bool(args.image) + bool(args.video) + bool(args.context) > 1:
         parser.error("found more than one of --image, --video and --context, expected one")
-    if args.seed < 0:
-        parser.error(f"--seed is {args.seed}, expected at least 0")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed is {args.seed}, expected 0 to 2^32 - 1")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -604,8 +657,10 @@ def main(argv=None):
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     try:
         run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"sample.py: {reason(error)}")
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        sys.exit(f"sample.py: {first_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("sample.py: stopped; the same command makes what is missing")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from tqdm import tqdm
 
 import anyflow
-from model import LORA, Wan, add_lora, chunk_mask, low_rank, provenance, read_json, write
+from model import LORA, Wan, add_lora, chunk_mask, compile_blocks, low_rank, provenance, read_json, write
 from model import PRESETS as SIZES_OF
 
 STAGES = ("teacher", "flowmap", "onpolicy", "consistency")
@@ -155,7 +155,7 @@ class Shards:
             raise ValueError(f"no data folder {folder}")
         self.files, self.shuffled, bad = [], None, []
         for path in sorted(folder.glob("*.safetensors")):
-            if path.name == "null.safetensors":
+            if path.name == "null.safetensors" or path.name[0] == ".":
                 continue
             try:
                 file = safe_open(path, "pt")
@@ -203,8 +203,8 @@ def prepare(videos, folder, shape, text_dim, encode, vae, size=32, rank=0, world
     """Every video below a folder, with its caption in a .txt of the same name, to shards: (clips, bad files).
 
     The first frames of each, of another aspect the middle. shape: (F, C, H, W) of the latents. encode, vae: of
-    `sample`. manifest-RANK.jsonl names the shard and row of each video, or why it was skipped; what it names is not
-    encoded again, so an interrupted run goes on. Latents and text are bfloat16. Raises ValueError.
+    `sample`. manifest-RANK.jsonl names the shard and row of each video, or why it was skipped; what lies in
+    a shard is not encoded again, so an interrupted run goes on. Latents and text are bfloat16. Raises ValueError.
     """
     from sample import read_video
 
@@ -215,9 +215,9 @@ def prepare(videos, folder, shape, text_dim, encode, vae, size=32, rank=0, world
     pixels = (frames - 1) * vae.stride[0] + 1, height * vae.stride[1], width * vae.stride[1]
     folder.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for path in sorted(folder.glob("manifest-*.jsonl")) for line in open(path)]
-    seen = {row["video"] for row in known}
-    rows = [row for row in known if row["rank"] == rank]
-    shards = len({row["shard"] for row in rows if "shard" in row})
+    known = [row for row in known if (folder / row.get("shard", "none")).exists()]  # what failed may be mended
+    seen, rows = {row["video"] for row in known}, [row for row in known if row["rank"] == rank]
+    shards = 1 + max((int(row["shard"][4:10]) for row in rows), default=-1)
     clips = []  # encoded, of the next shard: latents, text, row of the manifest
 
     def flush():
@@ -240,9 +240,10 @@ def prepare(videos, folder, shape, text_dim, encode, vae, size=32, rank=0, world
     for path in tqdm(todo, desc="videos", disable=None):
         row = {"video": str(path.relative_to(videos)), "rank": rank}
         try:
-            caption = path.with_suffix(".txt")
-            if not caption.is_file() or not caption.read_text().strip():
-                raise ValueError(f"no caption in {caption}")
+            text = path.with_suffix(".txt")
+            caption = text.read_bytes().decode("utf-8-sig", "replace").strip() if text.is_file() else ""
+            if not caption or "\ufffd" in caption:
+                raise ValueError(f"no caption in UTF-8 in {text}")
             video, cut = read_video(path, *pixels)
             latents = vae.encode(video[None])[0].bfloat16().cpu().contiguous()
         except (ValueError, OSError) as error:
@@ -251,7 +252,7 @@ def prepare(videos, folder, shape, text_dim, encode, vae, size=32, rank=0, world
         else:
             if latents.shape != shape:
                 raise ValueError(f"the VAE makes latents {tuple(latents.shape)}, expected {shape} for the preset")
-            text = encode([caption.read_text()])[0].bfloat16()
+            text = encode([caption])[0].bfloat16()
             clips.append((latents, text, row | ({"used": cut} if cut else {})))
         if len(clips) == size:
             flush()
@@ -278,15 +279,21 @@ def open_data(args, shape, text_dim):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def start_processes(device, dtype):
-    """Join torchrun's processes. FSDP also does mixed precision: for that, one process is a group of its own."""
+def device_of(name):
+    """The device, of several GPUs this process's own. ValueError where there is none."""
     try:
-        device = torch.device(device)
+        device = torch.device(name)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def start_processes(device, dtype):
+    """Join torchrun's processes. FSDP also does mixed precision: for that, one process is a group of its own."""
+    device = device_of(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     elif dtype != "float32":
@@ -297,7 +304,17 @@ def start_processes(device, dtype):
     return device
 
 
-def shard(model, recipe, device):
+def mesh_of_nodes(kind):
+    """All processes in a row, or, where there are several nodes, in a row for each; None without a group."""
+    if not dist.is_initialized():
+        return None
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world > local:
+        return init_device_mesh(kind, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(kind, (world,))
+
+
+def shard(model, recipe, device, mesh):
     """Compile each block, and shard each over the processes of a node, with a copy on every node.
 
     Block by block, from a model that lies on the disk: a process never holds more than its share and one block.
@@ -305,31 +322,32 @@ def shard(model, recipe, device):
     """
     model.checkpointing = recipe.checkpointing
     if recipe.compile:
-        torch._dynamo.config.recompile_limit = 64  # a network is called in many shapes, with and without gradient
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model)
 
     def place(module):
         for p in module.parameters():
             if not isinstance(p, DTensor):
                 p.data = p.data.to(device, torch.float32 if p.requires_grad else getattr(torch, recipe.dtype))
-        if dist.is_initialized():
+        if mesh is not None:
             fully_shard(module, mesh=mesh, mp_policy=policy)
 
-    if dist.is_initialized():
-        world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if world > local:
-            mesh = init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
-        else:
-            mesh = init_device_mesh(device.type, (world,))
-        # Not the inputs: a time of 0.999 is 1 in bfloat16.
-        policy = MixedPrecisionPolicy(getattr(torch, recipe.dtype), torch.float32, cast_forward_inputs=False)
+    # Not the inputs: a time of 0.999 is 1 in bfloat16.
+    policy = MixedPrecisionPolicy(getattr(torch, recipe.dtype), torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         place(block)
     place(model)
-    if dist.is_initialized():
+    if mesh is not None:
         register_fsdp_forward_method(model, "extend")
     return model
+
+
+def base_of(nets):
+    """Whose frozen weights the others share: the judge's, or the teacher's, or nobody's."""
+    return next((name for name in ("real", "teacher") if name in nets), None)
+
+
+def is_baseline(stage, recipe):
+    return stage == "consistency" or (stage == "onpolicy" and recipe.rollout == "consistency")
 
 
 def assemble(nets, recipe, device):
@@ -338,7 +356,7 @@ def assemble(nets, recipe, device):
     The release keeps three whole models in stage 2. With LoRA they are one frozen base, the teacher's: the fake
     score differs by its LoRA; the student by its own, and by what stage 1 taught it, itself of low rank.
     """
-    base = next((name for name in ("real", "teacher") if name in nets), None)
+    base, mesh = base_of(nets), mesh_of_nodes(device.type)
     same = {}
     for name, net in nets.items():
         starts = {}
@@ -348,14 +366,16 @@ def assemble(nets, recipe, device):
             net.requires_grad_(False)
         elif recipe.lora:
             add_lora(net, recipe.lora, recipe.lora, starts=starts)
-    for net in nets.values():
-        shard(net, recipe, device)
-    for name, names in same.items():
-        own, theirs = dict(nets[name].named_parameters()), dict(nets[base].named_parameters())
+    for name in sorted(nets, key=lambda name: name != base):
+        shard(nets[name], recipe, device, mesh)
+        names = same.get(name, ())
+        own, theirs = dict(nets[name].named_parameters()), dict(nets[base or name].named_parameters())
         # FSDP pads what its processes cannot divide, in a copy for each network: leave those few.
         whole = lambda p: not isinstance(p, DTensor) or len(p) % p.device_mesh.shape[-1] == 0
         linked = {n: theirs[n] for n in names if not own[n].requires_grad and whole(theirs[n])}
         nets[name].load_state_dict(linked, strict=False, assign=True)
+        if name in same and main_process():
+            print(f"{name} shares {len(linked)} of its {len(own)} weights with {base}")
 
 
 def compare(net, base, recipe, device):
@@ -373,9 +393,11 @@ def compare(net, base, recipe, device):
         elif re.search(LORA, name.removesuffix(".weight")):
             coarse = max(torch.finfo(x.dtype).eps for x in (p, q))  # as exact as the weights are
             difference = p.detach().to(device, torch.float32) - q.detach().to(device, torch.float32)
-            start = low_rank(difference, recipe.lora, max(coarse / 2, 1e-6) * p.norm().item())
-            if start:
-                starts[name.removesuffix(".weight")] = start
+            up, down = low_rank(difference, recipe.lora)
+            for factor in (up, down) if dist.is_initialized() else ():  # unique but for turns: all take the first's
+                dist.broadcast(factor, 0)
+            if (difference - up @ down).norm().item() <= max(coarse / 2, 1e-6) * p.norm().item():
+                starts[name.removesuffix(".weight")] = up, down
                 same.append(name)
                 p.data = q.data
     return same, starts
@@ -473,7 +495,7 @@ class Run:
         self.step = int(newest.name.removeprefix("step-"))
 
     def all(self):
-        return sorted(self.folder.glob("step-*"))
+        return sorted(self.folder.glob("step-" + 7 * "[0-9]"))
 
     def newest(self):
         return f"the last whole checkpoint is {self.all()[-1]}" if self.all() else "there is no earlier checkpoint"
@@ -488,7 +510,11 @@ class Run:
     @torch.no_grad()
     def export(self, folder, start, recipe):
         """The averaged weights as a folder that diffusers opens. start(): the network of before the training."""
-        whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in self.average.items()}
+        whole = {}
+        for name, p in self.average.items():  # one by one, off the GPU: together they may be more than it holds
+            p = p.full_tensor() if isinstance(p, DTensor) else p
+            if main_process():
+                whole[name] = p.cpu()
         if main_process():
             student = start().float()
             if recipe.lora:
@@ -710,7 +736,7 @@ class Cost(TorchDispatchMode):
     """FLOPs, and bytes of the activations alive on a device, of what runs inside.
 
     flops: so far. peaks: the highest number of bytes between one `mark` and the next.
-    share: {tokens: share of query-key pairs that a mask lets through}, of self-attention.
+    visible: {tokens: share of query-key pairs that a mask lets through}, of self-attention.
     """
 
     # FLOPs of fused attention on a CPU, which torch leaves out, by its formulas for a GPU.
@@ -719,7 +745,7 @@ class Cost(TorchDispatchMode):
 
     def __init__(self, nets, device="meta"):
         super().__init__()
-        self.device, self.flops, self.share, self.live, self.peaks = device, 0, {}, 0, [0]
+        self.device, self.flops, self.visible, self.live, self.peaks = device, 0, {}, 0, [0]
         self.sizes = {}  # of storages: {their address in C++: bytes}, 0 for what is no activation
         for p in (p for net in nets for p in net.parameters()):
             self.follow(p, False)
@@ -739,7 +765,7 @@ class Cost(TorchDispatchMode):
             flops = count(*(x.shape for x in args[: 3 + first]))
         if flops and "attention" in str(name):
             q, k = args[1:3] if "backward" in str(name) else args[:2]
-            flops *= self.share.get(q.shape[2], 1) if q.shape[2] == k.shape[2] else 1
+            flops *= self.visible.get(q.shape[2], 1) if q.shape[2] == k.shape[2] else 1
         self.flops += flops
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if torch.is_tensor(x) and x.device.type == self.device:
@@ -779,7 +805,7 @@ class OnMeta(torch.nn.Module):
     def forward(self, z, t, r, text, *, clean=None, chunks=None, cache=None):
         self.cost.mark()
         if chunks:
-            self.cost.share.update([self.visible(chunks, clean is not None)])
+            self.cost.visible.update([self.visible(chunks, clean is not None)])
         clean = None if clean is None else self.enter(clean)
         u = self.net(self.enter(z), t, r, self.prompt(text), clean=clean, chunks=chunks, cache=cache)
         return Leave.apply(u, z)
@@ -857,7 +883,7 @@ def networks_on_meta(stage, recipe, config, layers=None):
     """{name: network} as of `networks`; teachers as Wan is published: of one time, and the judge bidirectional."""
     teacher = replace(config, kind="causal" if config.kind == "causal" else "teacher")
     kinds = {"student": teacher if stage == "teacher" else config}
-    baseline = stage == "consistency" or (stage == "onpolicy" and recipe.rollout == "consistency")
+    baseline = is_baseline(stage, recipe)
     if baseline or (stage in ("flowmap", "onpolicy") and recipe.target == "teacher"):
         kinds["teacher"] = teacher
     if stage == "onpolicy":
@@ -868,13 +894,13 @@ def networks_on_meta(stage, recipe, config, layers=None):
             net = Wan(replace(kind, num_layers=layers or kind.num_layers))
         net.checkpointing = recipe.checkpointing
         nets[name] = net
-    base = next((nets[name] for name in ("real", "teacher") if name in nets), None)
+    base = nets.get(base_of(nets))
     for name, net in nets.items():
         if name not in TRAINED:
             net.requires_grad_(False)
         elif recipe.lora:
             starts = {}
-            if name == "student" and recipe.share and base is not None:
+            if name == "student" and recipe.share and stage == "onpolicy":
                 starts = {
                     key: (
                         m.weight.new_empty(len(m.weight), recipe.lora),
@@ -928,7 +954,7 @@ def parameters(config):
         return sum(p.numel() for p in Wan(config).parameters())
 
 
-def cost_of_sampling(config, shape, text_length=512, steps=4):
+def cost_of_sampling(config, shape, text_length=512, steps=4, chunks=None):
     """FLOPs and peak of activations, bytes, of a clip in bfloat16."""
     from sample import generate
 
@@ -938,14 +964,15 @@ def cost_of_sampling(config, shape, text_length=512, steps=4):
             net = Wan(replace(config, num_layers=layers)).bfloat16()
         with counting([net]) as cost, torch.no_grad():
             small = 1, *shape[:2], *config.compressed_patch_size[1:]
-            generate(OnMeta(net, shape[2:], text_length, cost), torch.zeros(1, 1, 1), torch.zeros(small), steps)
+            net = OnMeta(net, shape[2:], text_length, cost)
+            generate(net, torch.zeros(1, 1, 1), torch.zeros(small), steps, chunks=chunks)
         runs.append([(cost.flops, cost.peaks)])
     return at_depth(config.num_layers, *runs)
 
 
 def memory_of(nets, recipe, shards):
     """Bytes that one of `shards` GPUs holds between steps, by part, and what FSDP gathers for the work."""
-    base = next((nets[name] for name in ("real", "teacher") if name in nets), None)
+    base = nets.get(base_of(nets))
     shared = (
         set()
         if base is None or not (recipe.lora and recipe.share)
@@ -1047,13 +1074,15 @@ def run_plan(args):
     config, shape, stages = preset(args.preset)
     per_node, rate = args.gpus_per_node, args.tflops * 1e12 * args.utilisation
     shards = min(args.gpus, per_node)
-    if not 0 < rate < math.inf:
-        raise ValueError(
-            f"tflops and utilisation are {args.tflops} and {args.utilisation}, expected numbers above 0"
-        )
+    if not (0 < args.tflops < math.inf and 0 < args.utilisation <= 1):
+        found = f"tflops is {args.tflops} and utilisation {args.utilisation}"
+        raise ValueError(f"{found}, expected a number above 0 and a share up to 1")
+    if args.gpus % shards:
+        raise ValueError(f"gpus are {args.gpus}, expected a multiple of the {per_node} of a node")
     recipes = {}
     for stage in STAGES:
         recipe = recipe_of(args, stages[stage])
+        check(replace(recipe, batch=recipe.batch * max(1, recipe.accumulate)), args.seed, 1)
         least = args.gpus * recipe.accumulate  # a clip for each GPU
         recipes[stage] = replace(recipe, batch=max(1, -(-recipe.batch // least)) * least)
         check(recipes[stage], args.seed, args.gpus)
@@ -1071,7 +1100,8 @@ def run_plan(args):
         head = f"{name:12}{recipe.batch:6}{recipe.steps:7}" if recipe else f"{name:25}"
         days[name] = flops / rate * recipe.steps * args.gpus / 86400 if recipe else 0
         cost = f"{flops / 1e15:9.3g}{flops / rate:9.3g}" + (f"{days[name]:10.3g}" if recipe else " " * 10)
-        least = [fits(parts, shards, per_node if recipe else 1, card) for card in CARDS]
+        over = (shards, per_node) if recipe else (1, 1)
+        least = [fits(parts, *over, card) for card in CARDS]
         tqdm.write(f"{head}{cost}   " + "".join(f"{n:>10}" for n in least))
         held = [parts.get(part, 0) / 2**30 for part in PARTS]
         table.append(f"{name:12}" + "".join(f"{value:12.2f}" for value in (*held, sum(held))))
@@ -1079,7 +1109,7 @@ def run_plan(args):
     for stage, recipe in tqdm(recipes.items(), desc="counting", disable=None, leave=False):
         line(stage, *plan_of(stage, recipe, config, shape, args.gpus, per_node), recipe)
     flops, peak = cost_of_sampling(config, shape)
-    line("clip, 4 calls", flops, {"weights": 2 * size[config.kind] / shards, "activations": peak})
+    line("clip, 4 calls", flops, {"weights": 2 * size[config.kind], "activations": peak})
     print(f"\nstages 1 and 2 together: {days['flowmap'] + days['onpolicy']:.3g} GPU-days")
     print(f"\nmemory of a GPU, GiB\n{'':12}" + "".join(f"{part:>12}" for part in (*PARTS, "total")))
     print("\n".join(table))
@@ -1135,7 +1165,7 @@ def networks(stage, recipe, args, config):
     """
     torch.manual_seed(args.seed)  # for new weights, and those of LoRA
     nets, causal = {"student": student_of(stage, recipe, args, config)}, config.kind == "causal"
-    baseline = stage == "consistency" or (stage == "onpolicy" and recipe.rollout == "consistency")
+    baseline = is_baseline(stage, recipe)
     if baseline or (stage != "teacher" and recipe.target == "teacher"):
         folder = args.teacher or (args.init if stage != "onpolicy" else None)
         teacher = nets["teacher"] = load(folder, "--teacher", config, None, ("teacher",))
@@ -1190,7 +1220,7 @@ def parse(argv):
         )
     args = parser.parse_args(argv)
     args.out = args.out or Path("out") / f"{args.preset}-{args.stage}"
-    args.data = args.data or ("torus" if args.preset.startswith("tiny") else None)
+    args.data = args.data or ("torus" if args.preset.startswith("tiny") and args.stage in STAGES else None)
     return args
 
 
@@ -1309,15 +1339,21 @@ def run_prepare(args):
         if getattr(args, option) is None:
             raise ValueError(f"prepare needs --{option}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = device_of(args.device)
+    settings = {"videos": str(args.videos.resolve()), "init": str(Path(args.init).resolve()), "shape": list(shape)}
+    path = Path(args.data) / "prepare.json"
+    if path.exists() and read_json(path) != settings:
+        raise ValueError(
+            f"{args.data} was prepared from {read_json(path)}, expected {settings}; name another --data"
+        )
     encode = TextEncoder(args.init, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, lambda part: part.write_text(json.dumps(settings) + "\n"))
     made = prepare(args.videos, Path(args.data), shape, config.text_dim, encode, VAE(args.init, device),
                    args.clips_per_shard, rank, world)  # fmt: skip
     clips, bad = made
     print(f"{clips} clips in {args.data}" + (f"; {bad} bad files are in the manifest" if bad else ""))
-    if not clips:
+    if bad and not clips:
         raise ValueError(f"none of the {bad} videos in {args.videos} could be used")
 
 
@@ -1327,11 +1363,11 @@ def main(argv=None):
         {"prepare": run_prepare, "plan": run_plan}.get(args.stage, run_stage)(args)
     except (ValueError, OSError, SafetensorError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
-    except torch.OutOfMemoryError:
-        message = too_large(args)
-        sys.exit(f"train.py: {message}" if main_process() else 1)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"train.py: {too_large(args) if args.stage in STAGES else reason(error)}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; --resume goes on from the last checkpoint")
+        on = "--resume goes on from a checkpoint" if args.stage in STAGES else "the same command goes on"
+        sys.exit(f"train.py: stopped; {on}")
     finally:
         if dist.is_initialized():
             gc.collect()  # FSDP's networks hold on to the group

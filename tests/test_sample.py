@@ -2,6 +2,7 @@
 input."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -141,7 +142,10 @@ def test_many_prompts_are_named_and_go_on(folder, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(sample, "save", full)
     with pytest.raises(SystemExit, match="1 of 4 clips failed: the cat runs-1: .*No space left"):
         run(*options, "--out", out)
-    assert sorted(p.name for p in out.iterdir()) == ["a_dog-0.mp4", "a_dog-1.mp4", "the cat runs-0.mp4"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        *(f"a_dog-a4f552c9-{i}.mp4" for i in (0, 1)),
+        "the cat runs-0.mp4",
+    ]
     monkeypatch.undo()
     before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
     run(*options, "--out", out)
@@ -149,6 +153,19 @@ def test_many_prompts_are_named_and_go_on(folder, tmp_path, capsys, monkeypatch)
     assert all(p.stat().st_mtime_ns == before[p] for p in before) and (out / "the cat runs-1.mp4").exists()
     frames = list(pytest.importorskip("imageio.v3").imiter(out / "the cat runs-1.mp4", plugin="FFMPEG"))
     assert len(frames) == FRAMES and frames[0].shape == (HEIGHT, WIDTH, 3)
+
+
+def test_a_video_that_was_not_written_whole_is_no_video(tmp_path, monkeypatch):
+    """ffmpeg that ran out of space says nothing: what it left is counted, and the old file stays."""
+    imageio = pytest.importorskip("imageio.v3")
+    pytest.importorskip("imageio_ffmpeg")
+    frames = np.zeros((5, 32, 32, 3), np.uint8)
+    sample.save(tmp_path / "a", [".mp4"], None, frames, 16)
+    before = (tmp_path / "a.mp4").read_bytes()
+    monkeypatch.setattr(imageio, "imwrite", lambda part, *args, **options: part.write_bytes(before[:300]))
+    with pytest.raises(OSError, match="ffmpeg could not write"):
+        sample.save(tmp_path / "a", [".mp4"], None, frames, 16)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == before
 
 
 def test_a_video_is_read_at_the_rate_asked_for(tmp_path):
@@ -170,6 +187,13 @@ BAD = {
     "no file|cannot be read": lambda f, t: ["--prompts", t / "none", "--out", t / "o"],
     "empty prompt|--prompt is empty": lambda f, t: ["--prompt", " ", "--out", t / "a.gif"],
     "no image|is no image": lambda f, t: ["--image", write(t / "a.png", "?"), "--out", t / "a.gif"],
+    "16 bits|mode I;16, expected 8 bits": lambda f, t: [
+        "--image", save(t / "a.png", Image.new("I;16", (96, 64))), "--out", t / "a.gif"],
+    "half a text encoder|text_encoder lacks": lambda f, t: drop(f / "text_encoder" / "model.safetensors", t),
+    "damaged tokenizer|tokenizer cannot be loaded": lambda f, t: [
+        "--out", t / "a.gif", write(f / "tokenizer" / "tokenizer.json", "{")][:2],
+    "not a number|96 of 16384 embeddings are not finite": lambda f, t: drop(
+        f / "text_encoder" / "model.safetensors", t, math.nan),
     "no video|is no video": lambda f, t: ["--video", write(t / "a.mp4", "?" * 400), "--out", t / "a.gif"],
     "missing video|no file": lambda f, t: ["--video", t / "none.mp4", "--out", t / "a.gif"],
     "short video|has 30 frames at 16 frames a second, expected 33": lambda f, t: [
@@ -177,7 +201,7 @@ BAD = {
     "inside a chunk|7 frames of --video are given": lambda f, t: [
         "--video", movie(t / "b.mp4"), "--given", 7, "--out", t / "a.gif"],
     "frames|frames are 16, expected 1 more": lambda f, t: ["--frames", 16, "--out", t / "a.gif"],
-    "height|height or width is 65": lambda f, t: ["--height", 65, "--out", t / "a.gif"],
+    "height|height is 65, expected a multiple of": lambda f, t: ["--height", 65, "--out", t / "a.gif"],
     "unwritable|Not a directory|File exists": lambda f, t: ["--out", write(t / "file", "") / "a.gif"],
     "a file for several|expected a folder": lambda f, t: ["--videos", 2, "--out", t / "a.gif"],
 }  # fmt: skip
@@ -186,6 +210,23 @@ BAD = {
 def write(path, text):
     path.write_text(text)
     return path
+
+
+def save(path, image):
+    image.save(path)
+    return path
+
+
+def drop(path, folder, value=None):
+    """Leave out one tensor of a file, or fill it with a value."""
+    tensors = load_file(path)
+    name = "encoder.final_layer_norm.weight"
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name].fill_(value)
+    sample.save_file(tensors, path, metadata={"format": "pt"})
+    return ["--out", folder / "a.gif"]
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -398,7 +398,8 @@ def test_videos_become_shards(tmp_path, capsys):
     assert len(list((tmp_path / "out").glob("000-*.safetensors"))) == 1
     assert train.prepare(videos, tmp_path / "out", shape, 32, codec, codec, size=2) == (5, 3)
     assert len(calls) == 4 + 3  # two of the first three lay in a shard already
-    assert train.prepare(videos, tmp_path / "out", shape, 32, codec, codec, size=2) == (5, 3) and len(calls) == 7
+    (videos / "silent.txt").write_text("clip 0")  # mended
+    assert train.prepare(videos, tmp_path / "out", shape, 32, codec, codec, size=2) == (6, 2) and len(calls) == 8
     said = capsys.readouterr().err
     assert all(
         word in said for word in ("no caption in", "is no video", "has 8 frames at 16 frames a second, expected 9")
@@ -406,13 +407,16 @@ def test_videos_become_shards(tmp_path, capsys):
 
     data = train.Shards(tmp_path / "out", shape, 32)
     rows = [json.loads(line) for line in open(tmp_path / "out" / "manifest-000.jsonl")]
-    assert len(data) == 5 and data.null.shape == (1, 8, 32) and sum("error" in row for row in rows) == 3
+    assert len(data) == 6 and data.null.shape == (1, 8, 32) and sum("error" in row for row in rows) == 2
     for row in (row for row in rows if "shard" in row):
         shard = load_file(tmp_path / "out" / row["shard"])
         video, _ = sample.read_video(videos / row["video"], 9, 32, 48)
         assert shard["latents"].dtype == torch.bfloat16 and row["used"] == "48 x 32 of 48 x 40"
         assert torch.equal(shard["latents"][row["row"]], Codec().encode(video[None])[0].bfloat16())
-        assert torch.equal(shard["text"][row["row"]], codec([f"clip {Path(row['video']).stem}"])[0].bfloat16())
+        assert torch.equal(
+            shard["text"][row["row"]],
+            codec([(videos / row["video"]).with_suffix(".txt").read_text()])[0].bfloat16(),
+        )
 
 
 def refused(*args):
