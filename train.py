@@ -5,7 +5,9 @@
     python train.py flowmap     $P --out out/forward --init out/teacher                        # 1: flow map
     python train.py onpolicy    $P --out out/anyflow --init out/forward --teacher out/teacher  # 2: on-policy
     python train.py consistency $P --out out/consistency --init out/teacher                    # the baseline
+    python train.py prepare --preset wan-14b --init WAN --videos FOLDER --data SHARDS          # videos to latents
     torchrun --nproc-per-node 8 train.py flowmap --preset wan-14b-causal --init WAN --data SHARDS --out OUT
+    python train.py plan    --preset wan-14b-causal --gpus 64                                  # what it costs
 
 A model folder is the layout of diffusers, as input and as result. Checkpoints are in OUT/checkpoints; `--resume`
 goes on from the newest, on a CPU bit for bit. Under torchrun the networks are sharded (FSDP2). Every number of a
@@ -773,6 +775,7 @@ class Cost(TorchDispatchMode):
         return out
 
     def follow(self, x, activation):
+        """Count x's storage from now to its end, once; with no bytes where it is no activation."""
         storage = x.untyped_storage()
         if storage._cdata in self.sizes:
             return

@@ -222,6 +222,17 @@ def test_plan_is_what_a_step_takes(stage, checkpointing):
     assert abs(peak / (bench.peak(step) - gradients) - 1) < 0.15
 
 
+@pytest.mark.parametrize("chunks, clean", [((1, 3, 3), True), ((1, 3, 3, 3, 2), True), ((1, 3, 3, 3), False)])
+def test_plan_counts_the_blocks_that_flex_attention_computes(chunks, clean):
+    """Of the true mask, token by token, the share of blocks of 128 in which anything is visible."""
+    config = WanConfig(kind="causal", num_attention_heads=1, num_layers=1)
+    net = train.OnMeta(train.SimpleNamespace(config=config), (16, 24), 4)
+    tokens, share = net.visible(chunks, clean)
+    mask = train.chunk_mask(chunks, min(3, len(chunks)), 96, 24, clean, "cpu").float()
+    blocks = torch.nn.functional.max_pool2d(mask[None], 128, ceil_mode=True)
+    assert tokens == len(mask) and abs(share - blocks.mean().item()) < 1e-6
+
+
 def test_plan_of_a_full_size_needs_no_machine(capsys):
     """14B from the command line: every stage, every part, and cards that are too small."""
     run("plan", "--preset", "wan-14b", "--gpus", "16")
