@@ -114,6 +114,7 @@ def peak(function):
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()  # what is freed while it runs, and was not made then, would count below zero
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
