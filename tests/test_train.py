@@ -233,12 +233,29 @@ def test_plan_counts_the_blocks_that_flex_attention_computes(chunks, clean):
     assert tokens == len(mask) and abs(share - blocks.mean().item()) < 1e-6
 
 
-def test_plan_of_a_full_size_needs_no_machine(capsys):
-    """14B from the command line: every stage, every part, and cards that are too small."""
-    run("plan", "--preset", "wan-14b", "--gpus", "16")
-    out = capsys.readouterr().out
-    assert "14,288,491,584 parameters" in out and all(out.count(f"\n{stage} ") == 2 for stage in train.STAGES)
-    assert "no" in next(line for line in out.splitlines() if line.startswith("onpolicy")).split()
+def test_plan_adds_up(monkeypatch, capsys):
+    """What the command prints of a stage: seconds, GPU-days, and from how many GPUs it fits a card."""
+    parts = {"weights": 64 * 2**30, "activations": 30 * 2**30}  # of each of 8 GPUs: 512 GiB in all
+    monkeypatch.setattr(train, "plan_of", lambda *args: (4e15, parts))
+    monkeypatch.setattr(train, "cost_of_sampling", lambda *args: (1e15, 2**30))
+    run(
+        "plan",
+        "--preset",
+        "wan-14b-causal",
+        "--gpus",
+        "16",
+        "--tflops",
+        "1000",
+        "--utilisation",
+        "0.5",
+        "--steps",
+        "2700",
+    )
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][1] == "14,288,491,584" and "14,317,342,784;" in lines[0]
+    cost, memory = (line[1:] for line in lines if line[:1] == ["onpolicy"])
+    assert cost == ["16", "2700", "4", "8", "4", "no", "no", "8"] and memory[-3:] == ["30.00", "0.00", "94.00"]
+    assert ["stages", "1", "and", "2", "together:", "8", "GPU-days"] in lines
 
 
 @pytest.fixture(scope="module")
@@ -280,9 +297,8 @@ def test_one_base_with_adapters_trains_as_three_models(story, adapted, preset, p
     teacher, real = (story[name] for name in JUDGED[preset])
     options = ["onpolicy", "--preset", preset, "--init", adapted / preset, "--teacher", teacher, "--real", real]
     options += ["--steps", "3", "--lora", "4", *BRIEF]
-    for share in ("true", "false"):
-        more = ["--share", share, "--out", tmp_path / share]
-        (torchrun if processes > 1 else run)(*options, *more)
+    run(*options, "--share", "false", "--out", tmp_path / "false")
+    (torchrun if processes > 1 else run)(*options, "--share", "true", "--out", tmp_path / "true")
     for one, three in zip(losses(tmp_path / "true"), losses(tmp_path / "false")):
         assert all(abs(one[key] - three[key]) < 1e-5 * max(1, abs(three[key])) for key in three), (one, three)
     one, three = weights(tmp_path / "true"), weights(tmp_path / "false")
