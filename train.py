@@ -377,7 +377,8 @@ def assemble(nets, recipe, device):
         linked = {n: theirs[n] for n in names if not own[n].requires_grad and whole(theirs[n])}
         nets[name].load_state_dict(linked, strict=False, assign=True)
         if name in same and main_process():
-            print(f"{name} shares {len(linked)} of its {len(own)} weights with {base}")
+            frozen = sum(not p.requires_grad for p in own.values())
+            print(f"{name} shares {len(linked)} of its {frozen} frozen weights with {base}")
 
 
 def compare(net, base, recipe, device):
