@@ -158,7 +158,7 @@ def check_context(context, noise):
 
 
 FPS = 16  # of Wan
-INSTALL = "pip install diffusers==0.42.1 transformers accelerate imageio imageio-ffmpeg"
+INSTALL = "pip install diffusers==0.42.1 transformers accelerate ftfy imageio imageio-ffmpeg"
 
 
 def optional(module, purpose):
