@@ -977,11 +977,7 @@ def cost_of_sampling(config, shape, text_length=512, steps=4, chunks=None):
 def memory_of(nets, recipe, shards):
     """Bytes that one of `shards` GPUs holds between steps, by part, and what FSDP gathers for the work."""
     base = nets.get(base_of(nets))
-    shared = (
-        set()
-        if base is None or not (recipe.lora and recipe.share)
-        else {name for name, _ in base.named_parameters()}
-    )
+    shared = set(base.state_dict()) if base and recipe.lora and recipe.share else ()
     size, parts = 2 if recipe.dtype == "bfloat16" else 4, Counter()
     for name, net in nets.items():
         for key, p in net.named_parameters():
@@ -1352,12 +1348,12 @@ def run_prepare(args):
         )
     encode = TextEncoder(args.init, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, lambda part: part.write_text(json.dumps(settings) + "\n"))
-    made = prepare(args.videos, Path(args.data), shape, config.text_dim, encode, VAE(args.init, device),
-                   args.clips_per_shard, rank, world)  # fmt: skip
-    clips, bad = made
+    if rank == 0:
+        write(path, lambda part: part.write_text(json.dumps(settings) + "\n"))
+    clips, bad = prepare(args.videos, Path(args.data), shape, config.text_dim, encode, VAE(args.init, device),
+                         args.clips_per_shard, rank, world)  # fmt: skip
     print(f"{clips} clips in {args.data}" + (f"; {bad} bad files are in the manifest" if bad else ""))
-    if bad and not clips:
+    if bad and not clips and world == 1:  # other processes may have better ones
         raise ValueError(f"none of the {bad} videos in {args.videos} could be used")
 
 

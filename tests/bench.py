@@ -287,10 +287,8 @@ def whole_clip(args, kind, dtype, rate):
         pipeline = diffusers.AnyFlowPipeline if kind == "anyflow" else diffusers.AnyFlowFARPipeline
         pipe = pipeline(None, None, nets[1], None, diffusers.FlowMapEulerDiscreteScheduler(shift=5))
         pipe.set_progress_bar_config(disable=True)
-        pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial = (
-            4,
-            16,
-        )  # it checks for 16 pixels, and makes none
+        # The pipeline checks for multiples of 16 pixels, and makes none.
+        pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial = 4, 16
         size = dict(num_frames=4 * shape[0] - 3, height=16 * shape[2], width=16 * shape[3])
         options = dict(num_inference_steps=4, output_type="latent", **size)
         frames = torch.ones(1, shape[0], device=DEVICE)
@@ -298,7 +296,7 @@ def whole_clip(args, kind, dtype, rate):
         if kind == "anyflow":
             runs["forward"].append(lambda net: net(noise, 700 * frames, 300 * frames, text, return_dict=False))
 
-    def compare(pair, repeats):
+    def compare(pair, flops, repeats):
         calls = [lambda run=run, net=net: inference(lambda: run(net)) for run, net in zip(pair, nets)]
         times = alternate(calls, repeats)
         held = [peak(call) + sum(p.nbytes for p in net.parameters()) for call, net in zip(calls, nets)]
@@ -308,17 +306,13 @@ def whole_clip(args, kind, dtype, rate):
             beside = f"{b:13.3g}{n / 2**30:9.3g}{b / a:7.2f}x{m / n:8.2f}"
         return times[0], held[0], flops, rate, beside
 
+    # A clip of one step is one forward.
+    flops = {name: train.cost_of_sampling(config, shape, TEXT, 1 if name == "forward" else 4)[0] for name in runs}
     # A causal clip calls the network in many shapes: on a CPU they take minutes to compile.
     for compiled in (False, True) if kind == "anyflow" or DEVICE == "cuda" else (False,):
         for name, pair in runs.items():
-            with torch.device("meta"):
-                meta = Wan(config).bfloat16()
-            with train.counting([meta]) as cost, torch.no_grad():
-                small = torch.zeros(1, *shape[:2], *config.compressed_patch_size[1:])
-                net, word = train.OnMeta(meta, shape[2:], TEXT, cost), torch.zeros(1, 1, 1)
-                net(small, 0.7, 0.3, word) if name == "forward" else sample.generate(net, word, small, 4)
-            flops = cost.flops
-            attempt(f"{name}, {kind}, {MODES[compiled]}", compare, pair, args.repeats if name == "forward" else 1)
+            repeats = args.repeats if name == "forward" else 1
+            attempt(f"{name}, {kind}, {MODES[compiled]}", compare, pair, flops[name], repeats)
         for net in nets:
             compile_blocks(net)
 
