@@ -1,4 +1,4 @@
-"""AnyFlow (arXiv 2605.13724): any-step diffusion by on-policy flow-map distillation, for any network u(z, t, r).
+"""AnyFlow (arXiv 2605.13724): any-step diffusion by on-policy flow-map distillation, for any u(z, t, r).
 
 Read from top to bottom; each part needs only the parts above it.
 
@@ -10,13 +10,22 @@ Read from top to bottom; each part needs only the parts above it.
     6  baseline    consistency distillation, which knows only jumps to the end
 
 Notation: x data, eps standard normal noise (`noise` in code; there `eps` is a finite difference), t in [0, 1]
-with t = 1 pure noise, z_t the state at time t, v the instantaneous and u the AVERAGE velocity.
+with t = 1 pure noise, z_t the state at time t, v the instantaneous and u the AVERAGE velocity. All times are
+AFTER any shift. A state is (B, ...): (B, 2) for points, (B, F, C, H, W) for video. A time is a float, (B,)
+for one per sample, or (B, F) for one per frame. Random numbers not given come from torch's global generator.
 
-Shapes: a state is (B, ...): (B, 2) for points, (B, F, C, H, W) for video. A time is a float, (B,) for one per
-sample, or (B, F) for one per frame. A network is called `model(z, t, r, **cond)`, with times as tensors (B,) or
-(B, F), and returns u in the shape of z. Tensors in `cond`, in lists and tuples too, have the batch as first
-dimension; all else is handed on as it is. `null` is a dict of what the null prompt changes in `cond`. Random
-numbers come from torch's global generator: `torch.manual_seed` makes every run repeat.
+The contract of a network. Whatever keeps it, for points, video or molecules, can be trained and sampled here.
+
+    u = model(z, t, r, **cond)      t, r: tensors (B,) or (B, F) in [0, 1]; u has the shape of z
+
+    - It is asked for every r <= t. It is also asked for r up to `eps` above t (`central_difference` looks at
+      t - eps while r stays), and, by samplers that hold given frames, for t = 0 < r at those frames.
+    - The answer for one sample does not depend on the others in the batch: no batch statistics.
+    - Two calls with one input give one answer: no dropout.
+    - It is smooth in t over a distance of eps; of anything faster, `central_difference` sees an average.
+    - Tensors in `cond`, in lists, tuples and dicts too, have the batch as first dimension; the rest is handed
+      on as it is. `null` is a dict of what the null prompt changes in `cond`.
+    - Under torch.distributed all processes call the losses together, with batches of one size.
 """
 import torch
 
@@ -24,16 +33,14 @@ import torch
 # 1. The path from data to noise
 # ------------------------------------------------------------------------------------------------------------
 
-
 def shift_time(t, shift):
     """Move times towards noise: t -> s t / (1 + (s - 1) t), which keeps 0 and 1 fixed (Wan uses s = 5).
 
-    t: float or tensor in [0, 1]. shift: s > 0; s = 1 changes nothing. Raises ValueError for shift <= 0.
+    t: float or tensor in [0, 1]. shift: s > 0; 1/s undoes s. ValueError for shift <= 0.
     """
     if not shift > 0:
         raise ValueError(f"shift is {shift}, expected a number above 0")
     return shift * t / (1 + (shift - 1) * t)
-
 
 def time_grid(steps, shift=1.0):
     """The times that a sampler of `steps` network calls visits: float64 (steps + 1,), falling from 1 to 0."""
@@ -41,33 +48,36 @@ def time_grid(steps, shift=1.0):
         raise ValueError(f"steps is {steps!r}, expected an integer of at least 1")
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
 
-
 def interpolate(x, noise, t):
-    """The state z_t = (1 - t) x + t eps (..., as x) of the straight path, whose velocity is dz/dt = eps - x."""
-    t, _ = _times(x, t, t)
-    t = _expand(t, x)
+    """The state z_t = (1 - t) x + t eps (as x) of the straight path, whose velocity is dz/dt = eps - x."""
+    t = _expand(as_times(x, t)[0], x)
     return ((1 - t) * x + t * noise).to(x.dtype)
 
+def as_times(z, *times):
+    """Floats, (B,) or (B, F) -> tensors, all (B,) or all (B, F), on z's device, in float32 or finer.
 
-def _times(z, t, r):
-    """Check 0 <= r <= t <= 1; return both as (B,) or (B, F) tensors, in float32 or finer whatever z is."""
-    out = []
-    for time in (t, r):
-        if not torch.is_tensor(time):
-            time = torch.tensor(time, dtype=torch.float64)
-        if time.shape != z.shape[:time.ndim] or time.ndim > 2:
-            raise ValueError(f"a time has shape {tuple(time.shape)}, expected a float, (B,) or (B, F)"
-                             f" for a state of shape {tuple(z.shape)}")
+    Raises ValueError for another shape, and for values outside [0, 1] (which a compiled function cannot see).
+    """
+    tensors = []
+    for time in times:
+        time = time if torch.is_tensor(time) else torch.tensor(time, dtype=torch.float64)
+        if time.shape not in ((), z.shape[:1], z.shape[:2]):
+            wanted = f"a float, ({len(z)},) or {tuple(z.shape[:2])}"
+            raise ValueError(f"a time has shape {tuple(time.shape)}, expected {wanted}")
+        if not torch.compiler.is_compiling() and not ((0 <= time) & (time <= 1)).all():
+            raise ValueError(f"times are in [{time.min():.4g}, {time.max():.4g}], expected [0, 1]")
         time = time.to(z.device, torch.promote_types(z.dtype, torch.float32))
-        out.append(time.expand(len(z)) if time.ndim == 0 else time)
-    t, r = out
-    if t.ndim != r.ndim:  # one of each sample, one of each frame
-        t, r = (time[:, None].expand(z.shape[:2]) if time.ndim == 1 else time for time in (t, r))
-    if not ((0 <= r) & (r <= t) & (t <= 1)).all():
-        raise ValueError(f"times must satisfy 0 <= r <= t <= 1, found t in [{t.min():.4g}, {t.max():.4g}]"
-                         f" and r in [{r.min():.4g}, {r.max():.4g}]")
-    return t, r
+        tensors.append(time.expand(len(z)) if time.ndim == 0 else time)
+    if len({time.ndim for time in tensors}) > 1:
+        tensors = [time[:, None].expand(z.shape[:2]) if time.ndim == 1 else time for time in tensors]
+    return tensors
 
+def _falling(z, t, r):
+    """`as_times` of t and r, with r <= t."""
+    t, r = as_times(z, t, r)
+    if not (r <= t).all():
+        raise ValueError(f"found r above t by up to {(r - t).max():.4g}, expected r <= t")
+    return t, r
 
 def _expand(t, z):
     """(B,) or (B, F) -> (B, 1, ..., 1) or (B, F, 1, ..., 1), to multiply with z."""
@@ -78,63 +88,77 @@ def _expand(t, z):
 # 2. The flow map and the samplers
 #
 # An ODE dz/dt = v(z, t) joins data and noise. Its average velocity over [r, t], along the path from z_t, is
-#     u(z_t, t, r) = 1/(t - r) * integral_r^t v(z_s, s) ds,      u(z, t, t) = v(z, t),                       (1)
+#     u(z_t, t, r) = 1/(t - r) * integral_r^t v(z_s, s) ds,      u(z, t, t) = v(z, t),                     (1)
 # so a network that knows u jumps from t to r in one call, over any distance, without discretisation error:
-#     Phi_{r<-t}(z) = z - (t - r) u(z, t, r)                                                                 (2)
+#     Phi_{r<-t}(z) = z - (t - r) u(z, t, r)                                                               (2)
 # Two jumps make one, Phi_{r<-s}(Phi_{s<-t}(z)) = Phi_{r<-t}(z): any number of steps leads to the same sample.
 # ------------------------------------------------------------------------------------------------------------
 
-
 def jump(model, z, t, r, **cond):
     """Phi_{r<-t}(z), eq. (2): the state (as z) at time r <= t of the ODE path that passes z at time t."""
-    t, r = _times(z, t, r)
+    t, r = _falling(z, t, r)
     u = model(z, t, r, **cond)
     return (z - _expand(t - r, z) * u).to(z.dtype)
 
-
 def guided(model, z, t, r, guidance=1.0, null=None, **cond):
-    """Classifier-free guidance, two calls: u_null + g (u_cond - u_null); g = 1 is the plain conditional call."""
+    """Classifier-free guidance, two calls: u_null + g (u_cond - u_null); for g = 1 the conditional call."""
     u = model(z, t, r, **cond)
     if guidance == 1:
         return u
-    if null is None:
-        raise ValueError(f"guidance {guidance} needs the null prompt: expected null=dict(...), found None")
-    u_null = model(z, t, r, **(cond | null))
+    u_null = model(z, t, r, **(cond | _given(null, guidance)))
     return u_null + guidance * (u - u_null)
 
+def _given(null, guidance):
+    if null is None:
+        raise ValueError(f"guidance {guidance} needs the null prompt: expected null=dict(...), found None")
+    return null
 
 @torch.no_grad()
-def sample(model, noise, steps, *, shift=1.0, guidance=1.0, null=None, average=True, path=False, **cond):
+def sample(model, noise, steps, *, shift=1.0, guidance=1.0, null=None, average=True, gamma=0.0, path=False,
+           **cond):
     """From noise (B, ...) at t = 1 to a sample at t = 0 in `steps` jumps.
 
     average=True is the flow-map sampler. average=False asks for the velocity at (t, t) and follows it in a
     straight line: Euler's method, all that a teacher can do, with an error that falls as 1/steps.
-    Returns the sample (as noise), or with path=True every state, (steps + 1, B, ...). ValueError for steps < 1.
+    gamma in [0, 1] returns to noise after every jump, see `_visit`: 0 stays on the ODE path, 1 is eq. (6).
+    Returns the sample (as noise), or with path=True every state, (steps + 1, B, ...). Raises ValueError.
     """
     def velocity(z, t, r, **cond):
         return guided(model, z, t, r if average else t, guidance, null, **cond)
 
-    grid = time_grid(steps, shift).tolist()
-    states = [noise]
-    for t, r in zip(grid[:-1], grid[1:]):
-        z = jump(velocity, states[-1], t, r, **cond)
-        states = [*states, z] if path else [z]
+    states = _visit(velocity, noise, time_grid(steps, shift).tolist(), gamma, **cond)
     return torch.stack(states) if path else states[-1]
+
+def _visit(model, z, grid, gamma=0.0, **cond):
+    """The states at the times of a falling grid, z at the first of them: one jump, one network call each.
+
+    With gamma, a jump from t goes below r, to s = (1 - gamma) r, and FRESH noise leads up from there, as in
+    Consistency Trajectory Models (2310.02279): z_r = a z_s + sqrt(r^2 - a^2 s^2) eps', a = (1 - r)/(1 - s).
+    """
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is {gamma}, expected a number in [0, 1]")
+    states = [z]
+    for t, r in zip(grid[:-1], grid[1:]):
+        s = (1 - gamma) * r
+        z = jump(model, z, t, s, **cond)
+        if gamma:
+            a = (1 - r) / (1 - s)
+            z = a * z + (r * r - (a * s) ** 2) ** 0.5 * torch.randn_like(z)
+        states.append(z)
+    return states
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 3. The teacher: flow matching
 #
 # Many straight lines pass through one point z at time t. Regression of their slopes eps - x on z_t finds the
-# mean, v(z, t) = E[eps - x | z_t = z], and the ODE dz/dt = v(z, t) carries noise to data as the lines did. The
-# network is asked for u at r = t, so that teacher and student are one architecture.
+# mean, v(z, t) = E[eps - x | z_t = z], and the ODE dz/dt = v(z, t) carries noise to data as the lines did.
+# The network is asked for u at r = t, so that teacher and student are one architecture.
 # ------------------------------------------------------------------------------------------------------------
 
-
 def logit_normal_times(x, shift=1.0):
-    """Times (B,) of the teacher's training: sigmoid of a standard normal, so most are mid-way; then shifted."""
+    """Times (B,) of the teacher's training: sigmoid of a normal, so most are mid-way; then shifted."""
     return shift_time(torch.randn(len(x), device=x.device).sigmoid(), shift)
-
 
 def flow_matching_loss(model, x, *, t=None, noise=None, shift=1.0, **cond):
     """mean || model(z_t, t, t) - (eps - x) ||^2 over data x (B, ...). Scalar with gradient.
@@ -143,110 +167,119 @@ def flow_matching_loss(model, x, *, t=None, noise=None, shift=1.0, **cond):
     """
     t = logit_normal_times(x, shift) if t is None else t
     noise = torch.randn_like(x) if noise is None else noise
-    t, _ = _times(x, t, t)
+    (t,) = as_times(x, t)
     u = model(interpolate(x, noise, t), t, t, **cond)
     return _squared_error(u, noise - x).mean()
-
 
 def _squared_error(a, b):
     """(a - b)^2, in float32 or finer."""
     return (a - b).to(torch.promote_types(a.dtype, torch.float32)).square()
+
+@torch.no_grad()
+def update_average(average, weights, updates, decay):
+    """Move the average of a run's weights (lists of tensors), which is what is sampled, in place.
+
+    It forgets by `decay` an update, faster while it is young, and keeps nothing while `updates` is below 0.
+    """
+    decay = min(decay, (updates + 1) / (updates + 10)) if updates >= 0 else 0.0
+    torch._foreach_lerp_(average, weights, 1 - decay)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 4. Stage 1: forward flow-map training
 #
 # Multiply (1) by t - r and differentiate along the path, r held fixed:
-#     u(z_t, t, r) = v(z_t, t) - (t - r) du/dt,     du/dt = d_t u + v . grad_z u                             (3)
-# (MeanFlow, 2505.13447). The network is regressed on the right-hand side, computed with its own present weights
-# and without gradient. Where r = t the second term is gone and (3) is flow matching: half of every batch holds
-# that anchor while the other half learns to jump.
+#     u(z_t, t, r) = v(z_t, t) - (t - r) du/dt,     du/dt = d_t u + v . grad_z u                           (3)
+# (MeanFlow, 2505.13447). The network is regressed on the right-hand side, computed with its own present
+# weights and without gradient. Where r = t the second term is gone and (3) is flow matching: half of every
+# batch are such ANCHORS, while the other half learns to JUMP.
 # ------------------------------------------------------------------------------------------------------------
 
-
-def time_pairs(batch, shift=1.0, diffusion=0.5, endpoint=0.25, device=None):
+def time_pairs(batch, shift=1.0, diffusion=0.5, endpoint=0.25, device=None, generator=None):
     """Training times t >= r, each (batch,): the larger and smaller of two uniforms, shifted.
 
-    A share `diffusion` of the batch has r = t, a share `endpoint` has r = 0. The shares are exact where they
-    divide the batch and hold in the mean where not, down to a batch of one.
+    A share `diffusion` of the batch are anchors, r = t; a share `endpoint` has r = 0. The shares are exact
+    where they divide the batch and hold in the mean where not, down to a batch of one.
     """
-    t, r = torch.rand(2, batch, device=device).sort(dim=0, descending=True).values
-    slot = (torch.arange(batch, device=device) + torch.rand((), device=device)) / batch
+    draw = lambda *shape: torch.rand(*shape, device=device, generator=generator)
+    t, r = draw(2, batch).sort(dim=0, descending=True).values
+    slot = (torch.arange(batch, device=device) + draw(())) / batch
     r = torch.where(slot < diffusion, t, torch.where(slot < diffusion + endpoint, 0, r))
     return shift_time(t, shift), shift_time(r, shift)
 
-
 def time_weight(t, shift=1.0):
-    """The paper's weight w(t) = t sqrt(1 - t) / mean, as t; the mean is over the shifted grid of 1000 times."""
+    """The paper's weight w(t) = t sqrt(1 - t) / mean, as t; the mean is over a shifted grid of 1000 times."""
     w = lambda t: t * (1 - t).sqrt()
     return w(t) / w(time_grid(1000, shift)[:-1]).mean().item()
 
-
 @torch.no_grad()
 def central_difference(model, z, v, t, r, eps=0.005, **cond):
-    """du/dt of eq. (3), as z: [u(z + e v, t + e, r) - u(z - e v, t - e, r)] / 2e, no gradient. Its error is O(e^2).
+    """du/dt of eq. (3), as z: [u(z + e v, t + e, r) - u(z - e v, t - e, r)] / 2e, no gradient.
 
-    Forwards are all it needs; a Jacobian-vector product fails in flash attention, flex attention and FSDP2.
-    + and - share one call. t +- e is clamped to [0, 1] and the quotient taken over the gap that is left: there,
-    the error is O(e).
+    It is the mean of du/dt from t - e to t + e: for a network that is smooth at that scale the derivative, to
+    O(e^2), and a smoothing of what turns within e. The derivative of sin(w t) comes out times sin(w e)/(w e):
+    for the fastest sinusoid of Wan's time embedding, w = 1000, and the published e = 0.005, times -0.19.
+    Forwards are all it needs; a Jacobian-vector product fails in flash attention, flex attention and FSDP2. +
+    and - share one call. t +- e is clamped to [0, 1], and the quotient taken over the gap that is left: there
+    it is one-sided, exact to O(e).
     """
-    t, r = _times(z, t, r)
+    t, r = as_times(z, t, r)
     later, earlier = (t + eps).clamp(max=1), (t - eps).clamp(min=0)
     both = torch.cat([z + _expand(later - t, z) * v, z + _expand(earlier - t, z) * v]).to(z.dtype)
     twice = _each_tensor(cond, lambda c: torch.cat([c, c]))
     plus, minus = model(both, torch.cat([later, earlier]), torch.cat([r, r]), **twice).chunk(2)
     return (plus - minus) / _expand(later - earlier, z)
 
+def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=None, data_anchors=False,
+                  guidance=1.0, null=None, weight=None, balance=True, eps=0.005, parts=False, **cond):
+    """Regression of u(z_t, t, r) on the right side of eq. (3) over data x (B, ...). Scalar with gradient.
 
-def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=None, guidance=1.0, null=None,
-                  weight=None, balance=True, eps=0.005, **cond):
-    """Regression of u(z_t, t, r) on the right-hand side of eq. (3) over data x (B, ...). Scalar with gradient.
-
-    v in the target is the data's, eps - x, or, with less variance, that of a `teacher` network.
+    teacher: a network whose velocity the target has, with less variance than the data's eps - x.
+    data_anchors: the teacher is asked for the jumps only, and anchors keep the data's velocity.
 
     guidance g fuses guidance into the student, which is then sampled without, at half the cost: v becomes the
     GUIDED velocity v_null + g (v_cond - v_null). From data that is g (eps - x) + (1 - g) u(z_t, t, t; null),
     since v_cond is the mean of eps - x, and the student's own null branch is trained by the dropped prompts.
 
     t, r, noise: drawn by `time_pairs` and from the normal if not given. weight: a function of t (B,), if not
-    given `time_weight`. balance: see `_balance`.
+    given `time_weight`. balance: see `_balance`. parts=True: returns the loss, each sample's squared error /
+    g^2 (B,) before weight and balance, and which samples are jumps, bool (B,).
     """
     if (t is None) != (r is None):
         raise ValueError(f"found only {'t' if r is None else 'r'}, expected both t and r or neither")
-    if t is None:
-        t, r = time_pairs(len(x), shift, device=x.device)
     if not guidance > 0:
         raise ValueError(f"guidance is {guidance}, expected a number above 0")
+    t, r = time_pairs(len(x), shift, device=x.device) if t is None else (t, r)
     noise = torch.randn_like(x) if noise is None else noise
-    t, r = _times(x, t, r)
-    z = interpolate(x, noise, t)
+    t, r = _falling(x, t, r)
+    z, jumps = interpolate(x, noise, t), (t > r).reshape(len(x), -1).any(1)
     u = model(z, t, r, **cond)
 
     with torch.no_grad():
-        off = (t > r).reshape(len(x), -1).any(1)
         v = noise - x
-        if guidance != 1 and (teacher is None or balance):
-            if null is None:
-                raise ValueError(f"guidance {guidance} needs the null prompt: expected null=dict(...), found None")
-            v = guidance * v + (1 - guidance) * model(z, t, t, **(cond | null))
+        if guidance != 1 and (teacher is None or data_anchors):
+            v = guidance * v + (1 - guidance) * model(z, t, t, **(cond | _given(null, guidance)))
         if teacher is not None:
             smooth = guided(teacher, z, t, t, guidance, null, **cond)
-            v = torch.where(_expand(off, z), smooth, v) if balance else smooth
+            v = torch.where(_expand(jumps, z), smooth, v) if data_anchors else smooth
+        du = _derivative_of_jumps(model, z, v, t, r, jumps, eps, **cond)
+        target = v - (_expand(t - r, z) * du).to(v.dtype)
 
-        target = v.clone()
-        if _over_processes(off.sum()) > 0:  # where r = t, du/dt is multiplied by zero: do not compute it
-            # Sharded processes must call the network equally often: one that has no such sample takes its first.
-            i = off.nonzero()[:, 0] if off.any() else torch.zeros(1, dtype=torch.long, device=off.device)
-            some = _each_tensor(cond, lambda c: c[i])
-            du = central_difference(model, z[i], v[i], t[i], r[i], eps, **some)
-            target[i] -= (_expand(t - r, z)[i] * du).to(v.dtype)
-
-    # 1/g^2 keeps the unguided scale: (u - (1-g) u_null)/g against (eps - x) - (t-r)/g du/dt, as published.
-    error = _squared_error(u, target) / guidance ** 2
+    error = _squared_error(u, target) / guidance**2  # which keeps the scale of the unguided error
     w = time_weight(t, shift) if weight is None else weight(t)
     loss = (_expand(w, x) * error).flatten(1).mean(1)  # (B,)
-    return (_balance(loss, off) if balance else loss).mean()
+    loss = (_balance(loss, jumps) if balance else loss).mean()
+    return (loss, error.detach().flatten(1).mean(1), jumps) if parts else loss
 
+def _derivative_of_jumps(model, z, v, t, r, jumps, eps, **cond):
+    """du/dt (as z) of jumps. At an anchor t - r multiplies it by zero, so there it is not computed but 0."""
+    du = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
+    if sum_over_processes(jumps.sum()) > 0:
+        # Sharded processes must call the network equally often: one without a jump takes its first sample.
+        i = jumps.nonzero()[:, 0] if jumps.any() else torch.zeros(1, dtype=torch.long, device=z.device)
+        some = _each_tensor(cond, lambda c: c[i])
+        du[i] = central_difference(model, z[i], v[i], t[i], r[i], eps, **some).to(du.dtype)
+    return du
 
 def _each_tensor(cond, function):
     """cond with function applied to its tensors, at any depth of dicts, lists and tuples."""
@@ -256,24 +289,23 @@ def _each_tensor(cond, function):
         return type(cond)(_each_tensor(value, function) for value in cond)
     return function(cond) if torch.is_tensor(cond) else cond
 
+def _balance(loss, jumps, tiny=1e-5):
+    """Losses (B,), each jump's rescaled to the mean of the anchors': l * mean / l, the factor a constant.
 
-def _balance(loss, off, tiny=1e-5):
-    """Losses (B,), those with r < t rescaled to the mean of the others: l * mean / l, the factor a constant.
-
-    Jumps have errors of another size than velocities, and this keeps both in view. It wants samples of many
-    numbers (over the two coordinates of a point, 1/l is noise), and at r = t the data's velocity, whose variance
-    keeps the mean above zero: against the teacher that it starts as, a student has no error there at all. So
-    `flow_map_loss` asks a teacher only for the jumps.
-    The mean is over all processes; without a sample at r = t, nothing is rescaled.
+    Jumps have errors of another size than velocities, and this keeps both in view. With one time a sample, it
+    cancels the weight of a jump, which is in l too. And it flattens the logged loss: every jump counts as the
+    mean anchor, so jumps that are a hundred times worse leave it as it was; `parts` shows them. It wants
+    samples of many numbers (over the two coordinates of a point, 1/l is noise), and anchors from data, whose
+    variance keeps the mean above zero: a student that starts as its teacher has no error against it.
+    The mean is over all processes; without an anchor, nothing is rescaled.
     """
-    on = (~off).to(loss.dtype)
-    total, count = _over_processes(torch.stack([(on * loss.detach()).sum(), on.sum()]))
+    anchors = (~jumps).to(loss.dtype)
+    total, count = sum_over_processes(torch.stack([(anchors * loss.detach()).sum(), anchors.sum()]))
     if count == 0:
         return loss
-    return torch.where(off, loss * total / count / (loss.detach() + tiny), loss)
+    return torch.where(jumps, loss * total / count / (loss.detach() + tiny), loss)
 
-
-def _over_processes(x):
+def sum_over_processes(x):
     """The sum of x over all processes, where there are several: the batch is what they hold together."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         x = x.clone()
@@ -284,95 +316,122 @@ def _over_processes(x):
 # ------------------------------------------------------------------------------------------------------------
 # 5. Stage 2: on-policy distillation
 #
-# Stage 1 sees states made from data. A student that samples sees its own, with the errors of its earlier jumps
-# in them. So roll it out as it will be used, judge the sample x_hat where it lands, and send the gradient back.
+# Stage 1 sees states made from data. A student that samples sees its own, with the errors of its earlier
+# jumps in them. So roll it out as it will be used, judge the sample x_hat, and send the gradient back.
 # To differentiate N steps is too dear, but the flow map makes the rollout three jumps however large N is:
-#     noise --(jump)--> z at grid[k] --(the step being trained)--> z at grid[k+1] --(jump)--> x_hat          (4)
+#     noise --(jump)--> z at grid[k] --(the step being trained)--> z at grid[k+1] --(jump)--> x_hat        (4)
 # ------------------------------------------------------------------------------------------------------------
 
-
 def backward_simulation(model, noise, grid, k, **cond):
-    """x_hat (as noise) by eq. (4), with gradient through all its calls: at most three, empty jumps are skipped.
+    """x_hat (as noise) by eq. (4), with gradient through all its calls: at most three, without empty jumps.
 
     noise: (B, ...) at t = 1. grid: of `time_grid`. k: which of its steps is trained, 0 <= k < steps.
     """
+    return _visit(model, noise, [*dict.fromkeys([1.0, *_step(grid, k), 0.0])], **cond)[-1]
+
+def _step(grid, k):
     if not 0 <= k < len(grid) - 1:
         raise ValueError(f"k is {k}, expected 0 to {len(grid) - 2} for a grid of {len(grid) - 1} steps")
-    z = noise
-    stops = [1.0, float(grid[k]), float(grid[k + 1]), 0.0]
-    for t, r in zip(stops[:-1], stops[1:]):
-        if r < t:
-            z = jump(model, z, t, r, **cond)
-    return z
+    return grid[k : k + 2].tolist()
 
-
-def dmd_loss(x_hat, real, fake, *, t=None, noise=None, shift=1.0, guidance=1.0, null=None, per_sample=True,
+def dmd_loss(x_hat, judge, fake, *, t=None, noise=None, shift=1.0, guidance=1.0, null=None, per_sample=True,
              **cond):
-    """Distribution matching (DMD, 2311.18828): its gradient moves samples x_hat (B, ...) towards the teacher's.
+    """Distribution matching (DMD, 2311.18828): its gradient moves samples x_hat (B, ...) to the teacher's.
 
     The gradient of KL(student || teacher) is a difference of two scores, and at time t a score is an affine
-    function of the expected clean sample x0 = z_t - t v(z_t, t). `real` is the frozen teacher, with guidance;
-    `fake` knows the student's samples by `fake_score_loss`.
-        grad = (x0_fake - x0_real) / mean|x_hat - x0_real|,   loss = mean (x_hat - stopgrad(x_hat - grad))^2  (5)
+    function of the expected clean sample x0 = z_t - t v(z_t, t). `judge` is the frozen teacher, with
+    guidance; `fake` knows the student's samples. The loss is mean (x_hat - stopgrad(x_hat - grad))^2 with
+        grad = (x0_fake - x0_judge) / mean|x_hat - x0_judge|                                               (5)
 
-    t, noise: uniform, then shifted, and normal if not given. guidance: as in `guided`; the release's
-    x0_cond + 3 (x0_cond - x0_null) is guidance = 4. per_sample: the mean in (5) is over each sample, as in the
-    paper; False: over the batch, for samples of few numbers.
+    t, noise: uniform, then shifted, and normal if not given. guidance: as in `guided`; the release's x0_cond
+    + 3 (x0_cond - x0_null) is guidance = 4. per_sample: the mean in (5) is over each sample, as in the paper;
+    False: over the batch, for samples of few numbers.
     """
     t = shift_time(torch.rand(len(x_hat), device=x_hat.device), shift) if t is None else t
     noise = torch.randn_like(x_hat) if noise is None else noise
-    t, _ = _times(x_hat, t, t)
+    (t,) = as_times(x_hat, t)
     with torch.no_grad():
         z = interpolate(x_hat, noise, t)
-        x0_real = z - _expand(t, z) * guided(real, z, t, t, guidance, null, **cond)
+        x0_judge = z - _expand(t, z) * guided(judge, z, t, t, guidance, null, **cond)
         x0_fake = z - _expand(t, z) * fake(z, t, t, **cond)
-        size = (x_hat - x0_real).abs().flatten(1).mean(1)
+        size = (x_hat - x0_judge).abs().flatten(1).mean(1)
         if not per_sample:
-            size = (_over_processes(size.sum()) / _over_processes(size.new_tensor(len(size)))).expand(len(size))
-        size = size.clamp(min=1e-8)
-        grad = (x0_fake - x0_real) / _expand(size, z)
+            total, count = sum_over_processes(torch.stack([size.sum(), size.new_tensor(len(size))]))
+            size = (total / count).expand(len(size))
+        grad = (x0_fake - x0_judge) / _expand(size.clamp(min=1e-8), z)
     return _squared_error(x_hat, (x_hat - grad).detach()).mean()
 
+def fake_score_loss(fake, x_hat, *, repeats=1, shift=1.0, **cond):
+    """Flow matching of the fake score on the student's samples x_hat (B, ...), which get no gradient.
 
-def fake_score_loss(fake, x_hat, *, shift=1.0, **cond):
-    """Flow matching of the fake score on the student's samples x_hat (B, ...), which get no gradient."""
-    return flow_matching_loss(fake, x_hat.detach(), shift=shift, **cond)
+    cond: also t and noise, if they are given. repeats: how many of them are drawn for a sample, if not.
+    """
+    x_hat, cond = _each_tensor([x_hat.detach(), cond], lambda c: c.repeat_interleave(repeats, 0))
+    return flow_matching_loss(fake, x_hat, shift=shift, **cond)
+
+def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, dmd_weight=1.0, fake_steps=1):
+    """One step of stage 2, whole. The student learns, the judge is frozen, the fake score follows.
+
+        noise --student, eq. (4)--> x_hat --+--> z_t --+--> judge --> x0_judge --+
+                                            |          +--> fake ---> x0_fake ---+--> eq. (5) -----> student
+        data ---------------- eq. (3), the loss of stage 1 ----------------------------------------> student
+                                            +--> detached, flow matching --------------------------> fake
+
+    First the student, then the fake score. The student is judged by a fake score that knows the samples of
+    the step before, which differ by one small update. The fake score then learns the very samples that were
+    judged: one rollout, the dearest part, serves both. If the fake score lags, the student follows its error:
+    then more fake_steps, or a slower student, helps. Stage 1's loss keeps the jumps that no rollout visits.
+
+    batches                what each backward pass takes: a batch, or its micro-batches one by one
+    stage_1(batch)         the loss of stage 1, a scalar with gradient
+    rollout(batch)         x_hat with gradient, and of_dmd: a dict of `dmd_loss`'s options
+                           of_fake(i): a dict of `fake_score_loss`'s options in the i-th update
+                           cond: what judge and fake score are given, a dict
+    backward(name, loss)   adds the gradients of a loss: "loss" (stage 1), "dmd" or "fake"
+    update(name)           takes a step with the gradients of "student" or "fake", and clears them
+    """
+    judged = []
+    for batch in batches:
+        backward("loss", stage_1(batch))
+        x_hat, of_dmd, of_fake, cond = rollout(batch)
+        backward("dmd", dmd_weight * dmd_loss(x_hat, judge, fake, **of_dmd, **cond))
+        judged.append((x_hat.detach(), of_fake, cond))
+    update("student")
+
+    for i in range(fake_steps):
+        for x_hat, of_fake, cond in judged:
+            backward("fake", fake_score_loss(fake, x_hat, **of_fake(i), **cond))
+        update("fake")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 6. The baseline: consistency distillation
 #
 # It learns only r = 0: f(z, t) = Phi_{0<-t}(z). To take several steps it must return to noise after each,
-#     x = f(z_t, t),     z_r = (1 - r) x + r eps'   with FRESH noise eps',                                   (6)
+#     x = f(z_t, t),     z_r = (1 - r) x + r eps'   with FRESH noise eps',                                 (6)
 # which leaves the ODE path: the sample forgets where it came from, and every step adds an error of its own.
 # ------------------------------------------------------------------------------------------------------------
 
-
-@torch.no_grad()
 def consistency_sample(model, noise, steps, *, shift=1.0, path=False, **cond):
-    """From noise (B, ...) to a sample by eq. (6) in `steps` calls; path=True: all states, (steps + 1, B, ...)."""
-    grid = time_grid(steps, shift).tolist()
-    states = [noise]
-    for t, r in zip(grid[:-1], grid[1:]):
-        z = _renoised_step(model, states[-1], t, r, **cond)
-        states = states + [z] if path else [z]
-    return torch.stack(states) if path else states[-1]
-
+    """From noise (B, ...) to a sample by eq. (6) in `steps` calls. path=True: every state, as in `sample`."""
+    return sample(model, noise, steps, shift=shift, gamma=1.0, path=path, **cond)
 
 def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1.0, guidance=1.0, null=None,
                      weight=None, **cond):
-    """|| f(z_t, t) - stopgrad f(z_s, s) ||^2, z_s one midpoint step of the teacher below z_t: both on one ODE path.
+    """|| f(z_t, t) - stopgrad f(z_s, s) ||^2, z_s one midpoint step of the teacher below z_t on its ODE path.
 
-    At s = 0, f(z, 0) = z is exact; from there the truth spreads upwards, step by step. Heun's step would ask for
-    v(z, s) at s near 0, where it is not the limit of v on the path: a clean sample does not tell its noise.
-    steps: how many of them divide [0, 1]. t: (B,) BEFORE the shift, uniform if not given. weight: a function of t,
-    1 if not given.
+    At s = 0, f(z, 0) = z is exact; from there the truth spreads upwards, step by step. Why midpoints: Heun's
+    step asks for v at s, also near 0. On a smooth density v has a limit there. On data of low dimension it
+    has none, since a clean sample does not tell its noise.
+    steps: how many of them divide [0, 1], evenly before the shift. t: (B,), uniform and shifted if not given.
+    weight: a function of t, 1 if not given.
     """
     if not steps >= 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
-    tau = torch.rand(len(x), device=x.device) if t is None else t
+    t = shift_time(torch.rand(len(x), device=x.device), shift) if t is None else t
     noise = torch.randn_like(x) if noise is None else noise
-    t, s = shift_time(tau, shift), shift_time((tau - 1 / steps).clamp(min=0), shift)
+    (t,) = as_times(x, t)
+    s = shift_time((shift_time(t, 1 / shift) - 1 / steps).clamp(min=0), shift)
     z = interpolate(x, noise, t)
     with torch.no_grad():
         v = guided(teacher, z, t, t, guidance, null, **cond)
@@ -382,19 +441,9 @@ def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1
     error = _squared_error(jump(model, z, t, 0.0, **cond), target)
     return (error if weight is None else _expand(weight(t), x) * error).mean()
 
-
 def consistency_simulation(model, noise, grid, k, **cond):
-    """The rollout that (4) replaces, x_hat (as noise): k steps of (6) without gradient, then f(z, t) with it."""
-    if not 0 <= k < len(grid) - 1:
-        raise ValueError(f"k is {k}, expected 0 to {len(grid) - 2} for a grid of {len(grid) - 1} steps")
-    z = noise
-    for t, r in zip(grid[:k].tolist(), grid[1:k + 1].tolist()):
-        z = _renoised_step(model, z, t, r, **cond)
-    return jump(model, z, float(grid[k]), 0.0, **cond)
-
-
-@torch.no_grad()
-def _renoised_step(model, z, t, r, **cond):
-    """Eq. (6): z_t -> x = f(z_t, t) -> z_r with fresh noise."""
-    x = jump(model, z, t, 0.0, **cond)
-    return interpolate(x, torch.randn_like(x), r)
+    """The rollout that (4) replaces, x_hat (as noise): k steps of (6) without gradient, f(z, t) with it."""
+    t, _ = _step(grid, k)
+    with torch.no_grad():
+        z = _visit(model, noise, grid[: k + 1].tolist(), gamma=1.0, **cond)[-1]
+    return jump(model, z, t, 0.0, **cond)

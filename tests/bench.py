@@ -1,12 +1,12 @@
 """Speed and memory of this model beside diffusers' in one run, alternating: only ratios need be believed.
 
-    python tests/bench.py                    # a small network: forward, training step, causal generation, stream
+    python tests/bench.py                    # a small network: forward, training step, generation, stream
     python tests/bench.py --only forward     # or stage1, memory, generation, stream
-    python tests/bench.py --preset wan-1.3b  # true size, on a GPU: forward, 4-step clip, a step of every stage
+    python tests/bench.py --preset wan-1.3b  # true size, on a GPU: forward, 4-step clip, a step of each stage
     python tests/bench.py --preset tiny      # the same on a CPU; --only forward or stages
 
-Time is the median of --repeats alternations. Memory is the peak of a call's tensors, above what the weights hold;
-with --preset, together with the weights. Without diffusers, a preset is measured alone.
+Time is the median of --repeats alternations. Memory is the peak of a call's tensors, above what the weights
+hold; with --preset, together with the weights. Without diffusers, a preset is measured alone.
 """
 
 import argparse
@@ -25,10 +25,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import anyflow  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from model import CLASSES, Wan, WanConfig, cached_chunk_mask, compile_blocks  # noqa: E402
+from full import parallel, plan  # noqa: E402
+from full.checkpoint import Run  # noqa: E402
+from full.compile import compile_blocks  # noqa: E402
+from full.data import preset  # noqa: E402
+from full.files import STAGES  # noqa: E402
+from model import CLASSES, PRESETS, Wan, WanConfig, cached_chunk_mask  # noqa: E402
 
-BASE = dict(patch_size=(1, 2, 2), num_attention_heads=6, attention_head_dim=64, in_channels=16, out_channels=16,
-            text_dim=256, freq_dim=256, ffn_dim=1536, num_layers=6)  # fmt: skip
+BASE = dict(patch_size=(1, 2, 2), num_attention_heads=6, attention_head_dim=64, in_channels=16,
+            out_channels=16, text_dim=256, freq_dim=256, ffn_dim=1536, num_layers=6)
 TOKENS = {1280: (5, 32, 32), 5120: (5, 64, 64)}  # frames, height, width of the latents
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -50,10 +55,7 @@ def calls(kind, ours, theirs, size, batch=1):
     text = torch.randn(batch, 64, BASE["text_dim"], device=DEVICE)
     t, r = torch.full((batch,), 0.7, device=DEVICE), torch.full((batch,), 0.3, device=DEVICE)
     frames = [1000 * x[:, None].expand(z.shape[:2]) for x in (t, r)]
-    return (
-        lambda: ours(z, t, r, text),
-        lambda: theirs(z, *frames, text, return_dict=False)[0],
-    )
+    return lambda: ours(z, t, r, text), lambda: theirs(z, *frames, text, return_dict=False)[0]
 
 
 def inference(call):
@@ -90,7 +92,7 @@ def matmul_rate(size=1536, repeats=5):
 
 
 def forward(args):
-    """Forward and training step, against diffusers and the floor: counted FLOPs at the rate of a matrix product."""
+    """Forward and training step, beside diffusers and the floor: FLOPs at the rate of a matrix product."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -99,7 +101,8 @@ def forward(args):
     for tokens, size in TOKENS.items():
         mine, reference = calls("anyflow", ours, theirs, size)
         for name, run in (("forward", inference), ("training step", training)):
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused ones go uncounted
+            # Of fused attention the FLOPs go uncounted.
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 run(mine)
             a, b = alternate([lambda: run(mine), lambda: run(reference)], args.repeats)
             floor = counter.get_total_flops() / matmul_rate()
@@ -146,10 +149,10 @@ def generation(args):
     print(f"{'':32}{'ours':>9}{'diffusers':>11}{'speed':>8}")
     for chunks, repeats in ((8, 3), (64, 1)):
         noise = torch.randn(1, chunks, 16, 16, 16, device=DEVICE)
-        mine = lambda: sample.generate(ours, text, noise, 4, chunks=(1,) * chunks)
-        reference = lambda: pipe(
-            prompt_embeds=text, latents=noise.transpose(1, 2), num_frames=4 * chunks - 3, height=128, width=128,
-            num_inference_steps=4, output_type="latent", chunk_partition=[1] * chunks)  # fmt: skip
+        mine = lambda: sample.generate(ours, text, noise, 4, chunks=(1,) * chunks, padding=True)
+        reference = lambda: pipe(prompt_embeds=text, latents=noise.transpose(1, 2), num_frames=4 * chunks - 3,
+                                 height=128, width=128, num_inference_steps=4, output_type="latent",
+                                 chunk_partition=[1] * chunks)
         if chunks > 8:  # too long to warm up: the eight chunks before were the warm-up
             a, b = seconds(mine), seconds(reference)
         else:
@@ -181,7 +184,8 @@ def stage1(args):
         (scale * loss).mean().backward()
 
     def here(guidance, t, r, noise):
-        anyflow.flow_map_loss(model, x, t=t, r=r, noise=noise, guidance=guidance, null=null, text=text).backward()
+        options = dict(guidance=guidance, null=null, text=text)
+        anyflow.flow_map_loss(model, x, t=t, r=r, noise=noise, **options).backward()
 
     print(f"{'':32}{'ours':>9}{'published':>11}{'speed':>8}   difference of the gradients")
     for guidance in (1.0, 3.0):
@@ -194,13 +198,12 @@ def stage1(args):
             grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         a, b = alternate(runs, args.repeats)
         difference = (grads[0] - grads[1]).norm() / grads[1].norm()
-        print(
-            f"{f'batch 8, guidance {guidance:g}':32}{a:8.3f}s{b:10.3f}s{b / a:7.2f}x   {difference:.0e} of the norm"
-        )
+        row = f"batch 8, guidance {guidance:g}"
+        print(f"{row:32}{a:8.3f}s{b:10.3f}s{b / a:7.2f}x   {difference:.0e} of the norm")
 
 
 def stream(args):
-    """Time to commit a chunk: incremental, and by encoding the whole history for each, as public code does."""
+    """Time to commit a chunk: incremental, and by encoding the whole history for each, as published."""
     ours, _ = pair("causal")
     text = torch.randn(1, 64, BASE["text_dim"], device=DEVICE)
     with torch.no_grad():
@@ -213,7 +216,7 @@ def stream(args):
     zero = torch.zeros(1, 1, device=DEVICE)
 
     @torch.no_grad()
-    def history():  # all 64 chunks in one forward under the mask: 62 compressed, 16 tokens each, and two of 64
+    def history():  # all 64 chunks in one forward under the mask: 62 compressed of 16 tokens, and two of 64
         past = ours._group(clip[:, :62], zero, zero, 0, compressed=True)
         late = ours._group(clip[:, 62:], zero, zero, 62)
         ours._blocks([past, late], text, None, cached_chunk_mask((1,) * 64, 2, 64, 16, False, DEVICE))
@@ -243,10 +246,11 @@ def true_size(args):
         for kind in ("anyflow", "causal"):
             whole_clip(args, kind, dtype, rate)
     if args.only in (None, "stages"):
-        print("\nOne step with LoRA on one base, beside what `train.py plan` says of it")
-        print(f"{'':34}{'s':>9}{'TFLOP/s':>9}{'of rate':>9}{'GiB':>9} | {'plan: GiB':>13}{'measured / plan':>17}")
+        print("\nOne step with LoRA on one base, beside what `full.plan` says of it")
+        beside = f"{'plan: GiB':>13}{'measured / plan':>17}"
+        print(f"{'':34}{'s':>9}{'TFLOP/s':>9}{'of rate':>9}{'GiB':>9} | {beside}")
         for causal in ("", "-causal"):
-            for stage in train.STAGES:
+            for stage in STAGES:
                 twice = DEVICE == "cuda" and stage in ("flowmap", "onpolicy")
                 for compiled in (False, True) if twice else (False,):
                     name = f"{stage}{causal}, {MODES[compiled]}"
@@ -271,16 +275,17 @@ def attempt(name, function, *args):
 
 
 def whole_clip(args, kind, dtype, rate):
-    """Rows of a network beside that of diffusers, where installed: forward, and a clip from noise to latents."""
-    config, shape, _ = train.preset(args.preset + "-causal" * (kind == "causal"))
+    """Rows of a network beside that of diffusers, where installed: forward, and a clip, noise to latents."""
+    config, shape = preset(args.preset + "-causal" * (kind == "causal"))
+    pipelines = importlib.util.find_spec("diffusers") is not None
     noise = torch.randn(1, *shape, device=DEVICE, dtype=dtype)
     text = torch.randn(1, TEXT, config.text_dim, device=DEVICE, dtype=dtype)
     with torch.device(DEVICE):
         nets = [Wan(config).to(dtype)]
-    runs = {"4-step clip": [lambda net: sample.generate(net, text, noise, 4)]}
+    runs = {"4-step clip": [lambda net: sample.generate(net, text, noise, 4, padding=pipelines)]}
     if kind == "anyflow":
         runs = {"forward": [lambda net: net(noise, 0.7, 0.3, text)]} | runs
-    if importlib.util.find_spec("diffusers"):
+    if pipelines:
         import diffusers
 
         nets.append(published(nets[0], dtype))
@@ -292,9 +297,11 @@ def whole_clip(args, kind, dtype, rate):
         size = dict(num_frames=4 * shape[0] - 3, height=16 * shape[2], width=16 * shape[3])
         options = dict(num_inference_steps=4, output_type="latent", **size)
         frames = torch.ones(1, shape[0], device=DEVICE)
-        runs["4-step clip"].append(lambda net: pipe(prompt_embeds=text, latents=noise.transpose(1, 2), **options))
+        latents = noise.transpose(1, 2)
+        runs["4-step clip"].append(lambda net: pipe(prompt_embeds=text, latents=latents, **options))
         if kind == "anyflow":
-            runs["forward"].append(lambda net: net(noise, 700 * frames, 300 * frames, text, return_dict=False))
+            times = 700 * frames, 300 * frames
+            runs["forward"].append(lambda net: net(noise, *times, text, return_dict=False))
 
     def compare(pair, flops, repeats):
         calls = [lambda run=run, net=net: inference(lambda: run(net)) for run, net in zip(pair, nets)]
@@ -307,7 +314,8 @@ def whole_clip(args, kind, dtype, rate):
         return times[0], held[0], flops, rate, beside
 
     # A clip of one step is one forward.
-    flops = {name: train.cost_of_sampling(config, shape, TEXT, 1 if name == "forward" else 4)[0] for name in runs}
+    steps = {"forward": 1, "4-step clip": 4}
+    flops = {name: plan.cost_of_sampling(config, shape, TEXT, steps[name])[0] for name in runs}
     # A causal clip calls the network in many shapes: on a CPU they take minutes to compile.
     for compiled in (False, True) if kind == "anyflow" or DEVICE == "cuda" else (False,):
         for name, pair in runs.items():
@@ -331,31 +339,32 @@ def published(ours, dtype):
     return theirs
 
 
-def training_step(preset, stage, compiled, rate):
+def training_step(name, stage, compiled, rate):
     """The second step of a run, the first having compiled and allocated. Three chunks of a causal clip."""
-    config, shape, recipes = train.preset(preset)
+    config, shape = preset(name)
     fixed = dict(batch=1, steps=2, rollout_steps=(2,), target="data", bidirectional=0.0, compile=compiled)
-    recipe = train.Recipe(**recipes[stage] | fixed | dict(lora=256 if DEVICE == "cuda" else 16))
+    recipe = train.recipe_of(name, stage, fixed | dict(lora=256 if DEVICE == "cuda" else 16))
     device = torch.device(DEVICE)
     if not torch.distributed.is_initialized():
-        device = train.start_processes(DEVICE, recipe.dtype)
+        device = parallel.start_processes(DEVICE, recipe.dtype)
     with device:
-        nets = {name: Wan(net.config) for name, net in train.networks_on_meta(stage, recipe, config).items()}
-    base = nets.get(train.base_of(nets))
+        nets = {role: Wan(net.config) for role, net in plan.networks_on_meta(stage, recipe, config).items()}
+    base = nets.get(parallel.base_of(nets))
     for net in nets.values() if base else ():
         net.load_state_dict(base.state_dict(), strict=False)  # a student that has learned nothing yet
-    train.assemble(nets, recipe, device)
-    adam = {name: torch.optim.AdamW(train.trained(net).values(), 1e-6, fused=True) for name, net in nets.items()
-            if name in train.TRAINED}  # fmt: skip
-    run = train.Run(nets, adam, Path("none"), {})
+    parallel.assemble(nets, recipe, device)
+    adam = {role: torch.optim.AdamW(parallel.trained(nets[role]).values(), 1e-6, fused=True)
+            for role in parallel.TRAINED if role in nets}
+    run = Run(nets, adam, Path("none"), {})
     clip, text = torch.randn(1, *shape), torch.randn(1, TEXT, config.text_dim)
     data = SimpleNamespace(null=text, batch=lambda rows, seed: (clip, text))
     chunks = config.full_chunk_limit if config.kind == "causal" else None
-    steps = train.train(stage, recipe, run, data, 0, nets["student"].config, shape, device, (0, 1), chunks)
+    clips = train.Clips(data, recipe, nets["student"].config, shape, device, 0, (0, 1), chunks)
+    steps = train.train(stage, recipe, run, clips)
     took, second = next(steps)["seconds"], []
     kept = [p for net in nets.values() for p in net.parameters()] + [*run.average.values()]
     kept += [x for optimiser in adam.values() for state in optimiser.state.values() for x in state.values()]
-    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in map(train.local, kept)}
+    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in map(parallel.local, kept)}
     if DEVICE == "cuda":  # gradients are freed between steps
         torch.cuda.reset_peak_memory_stats()
         second.append(next(steps)["seconds"])
@@ -364,20 +373,21 @@ def training_step(preset, stage, compiled, rate):
         held = sum(kept.values()) + peak(lambda: second.append(next(steps)["seconds"]))
     first, took = took, second[0]
 
-    meta = train.networks_on_meta(stage, recipe, config)
+    meta = plan.networks_on_meta(stage, recipe, config)
     options = dict(steps=2, chunks=chunks, text_length=TEXT)
-    runs = [train.simulate(stage, recipe, config, shape, n, **options)[1:] for n in (1, 2, 3)]
-    flops, activations = train.at_depth(config.num_layers, *runs)
-    plan = sum(train.memory_of(meta, recipe, 1).values()) + activations
-    return took, held, flops, rate, f"{plan / 2**30:13.3g}{held / plan:17.2f}   (first step {first:.3g} s)"
+    runs = [plan.steps_on_meta(stage, recipe, config, shape, n, **options)[1:] for n in (1, 2, 3)]
+    flops, activations = plan.at_depth(config.num_layers, *runs)
+    said = sum(plan.memory_of(meta, recipe, 1).values()) + activations
+    return took, held, flops, rate, f"{said / 2**30:13.3g}{held / said:17.2f}   (first step {first:.3g} s)"
 
 
-SECTIONS = {"forward": forward, "stage1": stage1, "memory": memory, "generation": generation, "stream": stream}
+SECTIONS = {"forward": forward, "stage1": stage1, "memory": memory, "generation": generation,
+            "stream": stream}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--preset", choices=list(train.SIZES), help="measure at the true size of a preset")
+    parser.add_argument("--preset", choices=list(PRESETS), help="measure at the true size of a preset")
     parser.add_argument("--only", choices=[*SECTIONS, "stages"])
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()

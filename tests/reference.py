@@ -1,6 +1,6 @@
 """The same calls to diffusers and to this project, with weights and inputs that depend on their names alone.
 
-A case is a dict: kind, config, call, and what the call needs. `ours` and `theirs` answer with (B, F, C, H, W).
+A case is a dict: kind, config, call, and what the call needs. `ours` and `theirs` answer (B, F, C, H, W).
 """
 
 import zlib
@@ -11,12 +11,13 @@ import torch
 import sample
 from model import CLASSES, Wan, WanConfig
 
-SMALL = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
-             text_dim=12, freq_dim=16, ffn_dim=48, num_layers=2, cross_attn_norm=True, eps=1e-6,
-             rope_max_seq_len=1024)  # fmt: skip
+SMALL = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4,
+             out_channels=4, text_dim=12, freq_dim=16, ffn_dim=48, num_layers=2, cross_attn_norm=True,
+             eps=1e-6, rope_max_seq_len=1024)
 STUDENT = dict(gate_value=0.25, deltatime_type="r", image_dim=None)
 CAUSAL = dict(compressed_patch_size=(1, 4, 4), full_chunk_limit=3, chunk_partition=(1, 2, 2, 1, 2, 2, 1))
-TEACHER = dict(qk_norm="rms_norm_across_heads", image_dim=None, added_kv_proj_dim=None, pos_embed_seq_len=None)
+TEACHER = dict(qk_norm="rms_norm_across_heads", image_dim=None, added_kv_proj_dim=None,
+               pos_embed_seq_len=None)
 
 
 def config_of(kind, **changes):
@@ -60,7 +61,7 @@ CASES = {
         kind="causal", call="training", chunks=chunks, clean=clean)
     for chunks in ((2,), (1, 2), (1, 2, 1), (1, 2, 1, 2), (1, 1, 2, 1, 2), (1, 2, 1, 1, 2, 1))
     for clean in (True, False)
-}  # fmt: skip
+}
 
 
 def inputs(case, batch=2, size=(8, 12)):
@@ -91,7 +92,8 @@ def ours(case, dtype=torch.float32):
         return model(z, *times("training", *z.shape[:2]), text, chunks=case["chunks"])
     guidance, given = case.get("guidance", 1.0), case.get("given", 0)
     null, context = null if guidance != 1 else None, clean[:, :given] if given else None
-    return sample.generate(model, text, z, case["steps"], guidance=guidance, null_text=null, context=context)
+    return sample.generate(model, text, z, case["steps"], guidance=guidance, null_text=null, context=context,
+                           padding=True)  # as the pipeline of diffusers
 
 
 @torch.no_grad()
@@ -136,6 +138,7 @@ def pipeline(model, case, z, clean, text, null):
     guidance, given = case.get("guidance", 1.0), case.get("given", 0)
     null, context = null if guidance != 1 else None, clean[:, :given] if given else None
     size = dict(num_frames=4 * z.shape[1] - 3, height=8 * z.shape[3], width=8 * z.shape[4])
-    out = pipe(prompt_embeds=text, negative_prompt_embeds=null, guidance_scale=guidance, video_latents=context,
-               latents=z.transpose(1, 2), num_inference_steps=case["steps"], output_type="latent", **size)
+    out = pipe(prompt_embeds=text, negative_prompt_embeds=null, guidance_scale=guidance,
+               video_latents=context, latents=z.transpose(1, 2), num_inference_steps=case["steps"],
+               output_type="latent", **size)
     return out.frames.transpose(1, 2)

@@ -1,7 +1,9 @@
-"""model.py and sample.py against diffusers, live where it is installed and by its stored answers everywhere."""
+"""model.py and sample.py against diffusers: live where it is installed, by its stored answers everywhere."""
 
 import copy
 import json
+import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import model as M
 import sample
-from model import PRESETS, WEIGHTS, Wan, WanConfig
+from full.files import WEIGHTS, provenance
+from full.lora import add_lora
+from model import PRESETS, Wan, WanConfig
 
 STORED = load_file(Path(__file__).parent / "fixtures" / "outputs.safetensors")
 
@@ -41,7 +45,7 @@ def random_case(number):
     kind = pick("kind", "teacher", "anyflow", "causal")
     heads, dim = pick("heads", 1, 2, 3), pick("dim", 16, 18, 32)
     config = dict(num_attention_heads=heads, attention_head_dim=dim, num_layers=pick("layers", 1, 3),
-                  in_channels=pick("in", 3, 4), cross_attn_norm=pick("norm", True, False))  # fmt: skip
+                  in_channels=pick("in", 3, 4), cross_attn_norm=pick("norm", True, False))
     config["out_channels"] = config["in_channels"]
     case = dict(kind=kind, number=number, config=config)
     case |= dict(frames=pick("frames", 1, 3, 5), steps=pick("steps", 1, 2, 4))
@@ -85,15 +89,12 @@ def test_names_and_shapes_are_those_of_diffusers_at_full_size():
             assert mine == {k: v.shape for k, v in reference.state_dict().items()}
 
 
-@pytest.mark.parametrize(
-    "preset, kind, count",
-    [
-        ("wan-1.3b", "teacher", 1_418_996_800),
-        ("wan-1.3b", "anyflow", 1_421_752_384),
-        ("wan-1.3b", "causal", 1_422_147_136),
-        ("wan-14b", "causal", 14_317_342_784),
-    ],
-)
+@pytest.mark.parametrize("preset, kind, count", [
+    ("wan-1.3b", "teacher", 1_418_996_800),
+    ("wan-1.3b", "anyflow", 1_421_752_384),
+    ("wan-1.3b", "causal", 1_422_147_136),
+    ("wan-14b", "causal", 14_317_342_784),
+])
 def test_parameter_counts(preset, kind, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in Wan(replace(PRESETS[preset], kind=kind)).parameters()) == count
@@ -175,14 +176,15 @@ def test_inference_with_the_cache_is_training_with_clean_copies():
     model, chunks = build(), (1, 2, 1, 2, 1)
     clip, text = draw("clip", 2, 7, 4, 8, 12), draw("text", 2, 5, 12)
     noisy, t, r = draw("noisy", 2, 4, 4, 8, 12), torch.tensor([0.9, 0.4]), torch.tensor([0.5, 0.0])
-    cache, start, out = model.new_cache(padding=False), 0, []
+    cache, start, out = model.new_cache(), 0, []
     with torch.no_grad():
         for i, size in enumerate(chunks):
             if i >= 2:
                 out.append(model(noisy[:, start - 3 : start - 3 + size], t, r, text, cache=cache))
             model.extend(cache, clip[:, start : start + size], text)
             start += size
-        assert error(torch.cat(out[-1:], 1), model(noisy, t, r, text, clean=clip, chunks=chunks)[:, -1:]) < 1e-5
+        whole = model(noisy, t, r, text, clean=clip, chunks=chunks)
+        assert error(torch.cat(out[-1:], 1), whole[:, -1:]) < 1e-5
 
 
 def test_the_cache_holds_what_encoding_the_whole_history_gives():
@@ -191,7 +193,8 @@ def test_the_cache_holds_what_encoding_the_whole_history_gives():
     cache = model.new_cache()
     for i in range(6):
         model.extend(cache, clip[:, 2 * i : 2 * i + 2], text)
-        tokens = max(0, i - 1) * 2 * 6, min(2, i + 1) * 2 * 24  # 6 a compressed frame; two chunks in full, of 24
+        # 6 a compressed frame, and two chunks in full, of 24 a frame
+        tokens = max(0, i - 1) * 2 * 6, min(2, i + 1) * 2 * 24
         assert cache.compressed == tokens[0] and cache.past[0][0].shape[1] == sum(tokens)
         assert cache.frames == 2 * i + 2
         # By the training mask: the newest chunks are the clean copies in a window that is one chunk larger.
@@ -270,7 +273,7 @@ def test_lora_starts_at_the_model_trains_little_and_merges_on_save(tmp_path):
     z, text = draw("z", 1, 3, 4, 8, 12), draw("text", 1, 5, 12)
     before = model(z, 0.7, 0.2, text).detach()
     names = set(model.state_dict())
-    lora = M.add_lora(copy.deepcopy(model), rank=4, alpha=8)
+    lora = add_lora(copy.deepcopy(model), rank=4, alpha=8)
     assert torch.equal(lora(z, 0.7, 0.2, text).detach(), before)
     trained = {name for name, p in lora.named_parameters() if p.requires_grad}
     assert all("lora_" in name or name.startswith("far_patch_embedding") for name in trained)
@@ -302,6 +305,77 @@ def edit(folder, **changes):
     path.write_text(json.dumps({k: v for k, v in config.items() if v != "delete"}))
 
 
+WRONG = {
+    "ffn_dim": ["48", 48.5, True, None, 0, 2**17 + 1, 10**400, [48], {}],
+    "num_layers": ["2", -1, 10**9, [[2]]],
+    "eps": ["1e-6", 0, -1e-6, math.nan, math.inf, 10**400, None],
+    "cross_attn_norm": [1, "true", None],
+    "deltatime_type": [0, None, ["r"]],
+    "patch_size": [[1, 2], [1, 2, 2, 2], [1, [2], 2], [1, "2", 2], [1, 2.0, 2], [1, 2, True], [], None],
+    "gate_value": [-0.1, 1.5, math.nan, "0.25"],
+}
+WRONG_PROVENANCE = {
+    "stage": [1, "stage 2", ["flowmap"], True],
+    "preset": [7, ["tiny"], {}],
+    "rollout": ["euler", 0],
+    "shift": ["5", 0, -1, math.nan, 10**400, [5.0]],
+    "shape": [[9, 3, 12], [9, 3, 12, -12], [9, 3, 12, "12"], [9, 3, 12, 10**400], [[9, 3, 12, 12]], 9, "9"],
+}
+
+
+def each(wrong):
+    pairs = [(key, value) for key, values in wrong.items() for value in values]
+    ids = [f"{key} {value!r:.20}" for key, value in pairs]
+    return pytest.mark.parametrize("key, value", pairs, ids=ids)
+
+
+@each(WRONG)
+def test_wrong_values_of_config_are_named_in_one_sentence(key, value):
+    with pytest.raises(ValueError) as error:
+        WanConfig.from_dict(config_of("anyflow") | {key: value}, "folder/config.json")
+    said = str(error.value)
+    assert said.startswith(f"folder/config.json: {key} is ") and "expected" in said and "\n" not in said
+
+
+@each(WRONG_PROVENANCE)
+def test_wrong_values_of_provenance_are_named_in_one_sentence(key, value, tmp_path):
+    path = tmp_path / "anyflow.json"
+    path.write_text(json.dumps({"stage": "flowmap", "preset": "tiny", key: value}))
+    with pytest.raises(ValueError) as error:
+        provenance(tmp_path)
+    said = str(error.value)
+    assert said.startswith(f"{path}: {key} is ") and "expected" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("changes", [
+    dict(num_layers=1000), dict(ffn_dim=2**17), dict(num_attention_heads=2**17),
+    dict(num_attention_heads=2**17, attention_head_dim=2**17),
+])
+def test_config_of_any_size_is_refused_before_memory_is_taken(folder, changes):
+    """Each value alone is in range; what they ask for together is not what the weights have."""
+    edit(folder, **changes)
+    start = time.perf_counter()
+    with pytest.raises(ValueError) as error:
+        Wan.from_pretrained(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    assert time.perf_counter() - start < 20
+
+
+NO_OBJECTS = {"null": "null", "number": "1e999", "list": "[[]]", "deep": 100_000 * "[", "bytes": "\udcff",
+              "list for a name": '{"_class_name": ["x"]}'}
+
+
+@pytest.mark.parametrize("text", NO_OBJECTS.values(), ids=NO_OBJECTS)
+def test_what_is_no_object_is_named(folder, text):
+    for name, read in (("config.json", Wan.from_pretrained), ("anyflow.json", provenance)):
+        (folder / name).write_bytes(text.encode(errors="surrogateescape"))
+        if name == "anyflow.json" and text.startswith("{"):
+            continue  # an object, with a key that says nothing there
+        with pytest.raises(ValueError) as error:
+            read(folder)
+        assert str(folder / name) in str(error.value) and "\n" not in str(error.value)
+
+
 def rewrite(folder, change):
     state = load_file(folder / WEIGHTS)
     change(state)
@@ -314,28 +388,25 @@ def shard(folder, names):
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), "no model folder"),
-        (lambda f: (f / "config.json").unlink(), "no file .*config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "is no JSON"),
-        (lambda f: edit(f, _class_name="UNet"), "_class_name is 'UNet'"),
-        (lambda f: edit(f, colour=3), "unknown key colour"),
-        (lambda f: edit(f, ffn_dim="delete"), "missing key ffn_dim"),
-        (lambda f: edit(f, image_dim=1280), "image_dim is 1280"),
-        (lambda f: edit(f, ffn_dim=64), "has shape"),
-        (lambda f: edit(f, patch_size=2), "patch_size is 2"),
-        (lambda f: edit(f, deltatime_type="dt"), "deltatime_type is 'dt'"),
-        (lambda f: (f / "config.json").write_text("[]"), "holds list"),
-        (lambda f: (f / f"{WEIGHTS}.index.json").write_text("{}"), "has no weight_map"),
-        (lambda f: (f / WEIGHTS).unlink(), f"no file .*{WEIGHTS}"),
-        (lambda f: (f / WEIGHTS).write_text("weights"), "is no safetensors file"),
-        (lambda f: shard(f, ["one", "two"]), "no file .*two.safetensors, which .*index.json lists"),
-        (lambda f: rewrite(f, lambda s: s.pop("proj_out.bias")), "lacks proj_out.bias"),
-        (lambda f: rewrite(f, lambda s: s.update(extra=torch.zeros(1))), "has unknown extra"),
-    ],
-)
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), "no model folder"),
+    (lambda f: (f / "config.json").unlink(), "no file .*config.json"),
+    (lambda f: (f / "config.json").write_text("{"), "is no JSON"),
+    (lambda f: edit(f, _class_name="UNet"), "_class_name is 'UNet', expected one of WanTransformer3DModel, "),
+    (lambda f: edit(f, colour=3), "unknown key colour"),
+    (lambda f: edit(f, ffn_dim="delete"), "missing key ffn_dim"),
+    (lambda f: edit(f, image_dim=1280), "image_dim is 1280"),
+    (lambda f: edit(f, ffn_dim=64), "has shape"),
+    (lambda f: edit(f, patch_size=2), "patch_size is 2, expected 3 integers "),
+    (lambda f: edit(f, deltatime_type="dt"), "deltatime_type is 'dt', expected one of r, t-r"),
+    (lambda f: (f / "config.json").write_text("[]"), "config.json: _class_name is \\[\\]"),
+    (lambda f: (f / f"{WEIGHTS}.index.json").write_text("{}"), "has no weight_map"),
+    (lambda f: (f / WEIGHTS).unlink(), f"no file .*{WEIGHTS}"),
+    (lambda f: (f / WEIGHTS).write_text("weights"), "is no safetensors file"),
+    (lambda f: shard(f, ["one", "two"]), "no file .*two.safetensors, which .*index.json lists"),
+    (lambda f: rewrite(f, lambda s: s.pop("proj_out.bias")), "lacks proj_out.bias"),
+    (lambda f: rewrite(f, lambda s: s.update(extra=torch.zeros(1))), "has unknown extra"),
+])
 def test_damaged_folder_is_named(folder, damage, message):
     damage(folder)
     with pytest.raises(ValueError, match=message):
@@ -347,8 +418,8 @@ BAD_CALLS = {
     "expected multiples of 4 x 4": lambda m, z, x: m(z[..., :10], 0.5, 0.1, x, chunks=(1, 2)),
     "expected multiples of 2 x 2": lambda m, z, x: m(z[..., :11], 0.5, 0.1, x),
     "text has shape": lambda m, z, x: m(z, 0.5, 0.1, x[..., :5]),
-    "t is in \\[1.5, 1.5\\]": lambda m, z, x: m(z, 1.5, 0.1, x),
-    "r has shape": lambda m, z, x: m(z, 0.5, torch.zeros(7), x),
+    "times are in \\[1.5, 1.5\\]": lambda m, z, x: m(z, 1.5, 0.1, x),
+    "a time has shape \\(7,\\), expected a float, \\(1,\\)": lambda m, z, x: m(z, 0.5, torch.zeros(7), x),
     "found 3 in z": lambda m, z, x: m(z, 0.5, 0.1, x, chunks=(1, 1)),
     "are no sum": lambda m, z, x: sample.generate(m, x, torch.cat([z, z[:, :1]], 1), 1),
     "ends inside a chunk": lambda m, z, x: sample.generate(m, x, z, 1, context=z[:, :2], chunks=(1, 2)),
@@ -356,8 +427,8 @@ BAD_CALLS = {
     "context has shape": lambda m, z, x: sample.generate(m, x, z, 1, context=z[:, :1, :2]),
     "steps is 0": lambda m, z, x: sample.generate(m, x, z, 0),
     "needs the null prompt": lambda m, z, x: sample.generate(m, x, z, 1, guidance=2.0),
-    "rank 0": lambda m, z, x: M.add_lora(m, 0, 1),
-    "has a LoRA already": lambda m, z, x: M.add_lora(M.add_lora(m, 1, 1), 1, 1),
+    "rank 0": lambda m, z, x: add_lora(m, 0, 1),
+    "has a LoRA already": lambda m, z, x: add_lora(add_lora(m, 1, 1), 1, 1),
     "only with `chunks`": lambda m, z, x: m(z, 0.5, 0.1, x, clean=z),
     "or `cache`": lambda m, z, x: m(z, 0.5, 0.1, x, chunks=(1, 2), cache=m.new_cache()),
     "batch of 2": lambda m, z, x: m(z, 0.5, 0.1, torch.cat([x, x])),

@@ -1,13 +1,17 @@
 """The training loop: that it resumes exactly, that processes share a batch, and what it says to bad input."""
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench
 import pytest
@@ -18,11 +22,19 @@ from test_sample import movie
 
 import sample
 import train
-from model import WEIGHTS, Wan, WanConfig
-from toy.video import World, parse_prompt, write_shards
+from full import checkpoint, plan, prepare
+from full.data import Shards, preset
+from full.files import WEIGHTS
+from full.options import check, expected, option
+from full.parallel import assemble
+from full.pixels import read_video
+from model import Wan, WanConfig, chunk_mask
+from toy.video import write_shards
+from toy.world import World, parse_prompt
 
 ROOT = Path(__file__).parents[1]
 BRIEF = ["--batch", "8", "--lr", "1e-3", "--warmup", "0"]
+TWICE = ["--steps", "4", "--save-every", "2"]
 
 
 def run(*args):
@@ -44,17 +56,15 @@ def story(tmp_path_factory):
     folder = tmp_path_factory.mktemp("story")
     names = {name: folder / name for name in ("teacher", "forward", "anyflow", "consistency", "rcm")}
     names |= {f"causal-{name}": folder / f"causal-{name}" for name in names}
-    for family, preset in (("", "tiny"), ("causal-", "tiny-causal")):
-        teacher, forward, anyflow, consistency, rcm = (
-            names[family + name] for name in ("teacher", "forward", "anyflow", "consistency", "rcm")
-        )
-        options = ["--preset", preset, "--steps", "4", "--save-every", "2", *BRIEF]
-        real = ["--real", names["teacher"]] if family else []
+    for family, name in (("", "tiny"), ("causal-", "tiny-causal")):
+        teacher, forward, anyflow, consistency, rcm = (names[family + stage] for stage in NAMES[:5])
+        options = ["--preset", name, *TWICE, *BRIEF]
+        judge = ["--judge", names["teacher"]] if family else []
         run("teacher", *options, "--out", teacher)
         run("flowmap", *options, "--out", forward, "--init", teacher)
         run("consistency", *options, "--out", consistency, "--init", teacher)
-        run("onpolicy", *options, "--out", anyflow, "--init", forward, "--teacher", teacher, *real)
-        rollout = ["--rollout", "consistency", "--teacher", teacher, *real]
+        run("onpolicy", *options, "--out", anyflow, "--init", forward, "--teacher", teacher, *judge)
+        rollout = ["--rollout", "consistency", "--teacher", teacher, *judge]
         run("onpolicy", *options, "--out", rcm, "--init", consistency, *rollout)
     return names
 
@@ -72,9 +82,41 @@ def test_every_stage_trains_and_leaves_a_model(story, name):
     moved = [key for key, value in made.items() if key in start and not torch.equal(value, start[key])]
     assert not start or len(moved) > 0.8 * len(start)
     assert len(losses(story[name])) == 4 and (story[name] / "losses.png").exists()
-    assert Wan.from_pretrained(story[name]).config.kind == {"t": "teacher", "c": "causal"}.get(
-        name[0] if name == "teacher" or name.startswith("causal-") else "", "anyflow"
-    )
+    kind = "causal" if name.startswith("causal-") else "teacher" if name == "teacher" else "anyflow"
+    assert Wan.from_pretrained(story[name]).config.kind == kind
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_log_holds_the_errors_of_anchors_and_of_jumps(story, name):
+    """Apart and before weight and balance: what the balanced loss itself hides."""
+    stage = name.removeprefix("causal-")
+    on_policy, off_policy = {"dmd", "fake"}, {"anchors", "jumps"}
+    more = {"forward": off_policy, "anyflow": off_policy | on_policy, "rcm": on_policy}.get(stage, set())
+    for row in losses(story[name]):
+        assert row.keys() - {"whole"} == {"step", "loss", "norm", "lr"} | more
+        assert all(math.isfinite(value) and value >= 0 for value in row.values())
+
+
+@pytest.mark.parametrize("stage", ["flowmap", "onpolicy"])
+def test_numbers_drawn_beside_a_run_change_nothing(story, stage, tmp_path, monkeypatch):
+    """Of torch's global generator, as by a process that does a little more than the others: bit for bit."""
+    start = story["teacher" if stage == "flowmap" else "forward"]
+    options = [stage, "--preset", "tiny", "--init", start, "--teacher", story["teacher"]]
+    options += ["--steps", "2", *BRIEF]
+    run(*options, "--out", tmp_path / "alone")
+    batch, drawn = train.Clips.batch, []
+
+    def beside(*args):
+        drawn.append(torch.rand(1))
+        made = batch(*args)
+        drawn.append(torch.rand(1))
+        return made
+
+    monkeypatch.setattr(train.Clips, "batch", beside)
+    run(*options, "--out", tmp_path / "beside")
+    made, wanted = weights(tmp_path / "beside"), weights(tmp_path / "alone")
+    assert len(drawn) == 4 and all(torch.equal(made[key], wanted[key]) for key in wanted)
+    assert losses(tmp_path / "beside") == losses(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("name", ["anyflow", "causal-rcm"])
@@ -85,10 +127,9 @@ def test_resume_is_bit_exact(story, name, tmp_path):
     shutil.rmtree(folder / "checkpoints" / "step-0000004")
     (folder / WEIGHTS).unlink()
     settings = json.loads((folder / "anyflow.json").read_text())
-    options = ["--steps", "4", "--save-every", "2", *BRIEF, "--rollout", settings["rollout"]]
-    options += [
-        part for key in ("init", "teacher", "real") if settings[key] for part in (f"--{key}", settings[key])
-    ]
+    options = [*TWICE, *BRIEF, "--rollout", settings["rollout"]]
+    for key in ("init", "teacher", "judge"):
+        options += [f"--{key}", settings[key]] if settings[key] else []
     run(settings["stage"], "--preset", settings["preset"], "--out", folder, "--resume", *options)
     made, wanted = weights(folder), weights(story[name])
     assert all(torch.equal(made[key], wanted[key]) for key in wanted)
@@ -121,21 +162,23 @@ def test_killed_run_resumes_from_its_newest_checkpoint(tmp_path, alone):
 
 
 def torchrun(*args):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    done = subprocess.run([*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["train.py", *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("stage", ["flowmap", "onpolicy"])
 def test_two_processes_are_one(story, stage, tmp_path, alone):
-    """FSDP on two processes: losses and weights of one (1e-5). A batch of two leaves each process one sample, so
-    that one of them has no jump to differentiate, or none at r = t to balance by."""
+    """FSDP on two processes: losses and weights of one (1e-5). A batch of two leaves each process one sample,
+    so that one of them has no jump to differentiate, or none at r = t to balance by."""
     if stage == "flowmap":
-        options = ["flowmap", "--preset", "tiny", "--init", story["teacher"], "--target", "data", "--guidance", "3"]
+        options = ["--preset", "tiny", "--init", story["teacher"], "--target", "data", "--guidance", "3"]
         options += ["--balance", "true", "--steps", "3", *BRIEF, "--batch", "2"]
     else:
-        options = ["onpolicy", "--preset", "tiny-causal", "--init", story["causal-forward"], "--steps", "3", *BRIEF]
-        options += ["--teacher", story["causal-teacher"], "--real", story["teacher"]]
+        options = ["--preset", "tiny-causal", "--init", story["causal-forward"], "--steps", "3", *BRIEF]
+        options += ["--teacher", story["causal-teacher"], "--judge", story["teacher"]]
+    options = [stage, *options]
     run(*options, "--out", tmp_path / "one")
     torchrun(*options, "--out", tmp_path / "two")
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -145,18 +188,7 @@ def test_two_processes_are_one(story, stage, tmp_path, alone):
 
 
 def test_checkpoint_of_two_processes_resumes_in_one(story, tmp_path, alone):
-    options = [
-        "flowmap",
-        "--preset",
-        "tiny",
-        "--init",
-        story["teacher"],
-        "--steps",
-        "4",
-        "--save-every",
-        "2",
-        *BRIEF,
-    ]
+    options = ["flowmap", "--preset", "tiny", "--init", story["teacher"], *TWICE, *BRIEF]
     torchrun(*options, "--out", tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-0000004")
     whole = weights(tmp_path / "two")
@@ -165,8 +197,8 @@ def test_checkpoint_of_two_processes_resumes_in_one(story, tmp_path, alone):
 
 
 def test_accumulated_rollouts_are_a_larger_batch(story, tmp_path):
-    options = ["onpolicy", "--preset", "tiny", "--init", story["forward"], "--teacher", story["teacher"], *BRIEF]
-    options += ["--steps", "2", "--balance", "false"]
+    options = ["onpolicy", "--preset", "tiny", "--init", story["forward"], "--teacher", story["teacher"]]
+    options += ["--steps", "2", "--balance", "false", *BRIEF]
     run(*options, "--out", tmp_path / "one")
     run(*options, "--out", tmp_path / "two", "--accumulate", "2")
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two")):
@@ -185,8 +217,8 @@ def test_bfloat16_folder_trains_in_float32(story, tmp_path):
 
 def test_accumulation_is_a_larger_batch(story, tmp_path):
     """Two micro-batches of four are a batch of eight, but for rounding (and balance, of a micro-batch)."""
-    options = ["flowmap", "--preset", "tiny-causal", "--init", story["causal-teacher"], "--steps", "3", *BRIEF]
-    options += ["--balance", "false"]
+    options = ["flowmap", "--preset", "tiny-causal", "--init", story["causal-teacher"], "--steps", "3"]
+    options += ["--balance", "false", *BRIEF]
     run(*options, "--out", tmp_path / "one")
     run(*options, "--out", tmp_path / "two", "--accumulate", "2")
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -196,39 +228,40 @@ def test_accumulation_is_a_larger_batch(story, tmp_path):
 @pytest.mark.parametrize("stage", ["flowmap", "onpolicy"])
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_plan_is_what_a_step_takes(stage, checkpointing):
-    """On the meta device as in a real step: FLOPs (1 %) and, by torch's profiler, peak memory (15 %); with rollout,
-    derivative, LoRA and recomputation."""
-    config, shape, stages = train.preset("tiny")
-    changes = dict(batch=8, target="data", lora=4, share=False, checkpointing=checkpointing, rollout_steps=(8,))
-    recipe = train.replace(train.Recipe(**stages[stage]), **changes)
-    runs = [train.simulate(stage, recipe, config, shape, layers, text_length=4) for layers in (1, 2, 3)]
-    flops, peak = train.at_depth(config.num_layers, *runs)
+    """On the meta device as in a real step: FLOPs (1 %) and, by torch's profiler, peak memory (15 %); with
+    rollout, derivative, LoRA and recomputation."""
+    config, shape = preset("tiny")
+    changes = dict(batch=8, target="data", lora=4, share=False, rollout_steps=(8,))
+    recipe = train.recipe_of("tiny", stage, changes | dict(checkpointing=checkpointing))
+    runs = [plan.steps_on_meta(stage, recipe, config, shape, layers, text_length=4) for layers in (1, 2, 3)]
+    flops, peak = plan.at_depth(config.num_layers, *runs)
 
     cpu = torch.device("cpu")
-    nets = {name: Wan(net.config) for name, net in train.networks_on_meta(stage, recipe, config).items()}
-    train.assemble(nets, recipe, cpu)
-    made = train.Run(nets, {}, Path("none"), {})
+    nets = {name: Wan(net.config) for name, net in plan.networks_on_meta(stage, recipe, config).items()}
+    assemble(nets, recipe, cpu)
+    made = checkpoint.Run(nets, {}, Path("none"), {})
     made.optimisers = {name: torch.optim.SGD(params.values()) for name, params in made.trained.items()}
+    clips = train.Clips(World(), recipe, nets["student"].config, shape, cpu, seed=0)
 
     def step():
         made.step = 0
-        once = train.replace(recipe, steps=1)
-        list(train.train(stage, once, made, World(), 0, nets["student"].config, shape, cpu))
+        list(train.train(stage, replace(recipe, steps=1), made, clips))
 
-    with train.Cost(nets.values(), "cpu") as cost:
+    with plan.Cost(nets.values(), "cpu") as cost:
         step()
     assert abs(flops / cost.flops - 1) < 0.01
     gradients = sum(4 * p.numel() for params in made.trained.values() for p in params.values())
     assert abs(peak / (bench.peak(step) - gradients) - 1) < 0.15
 
 
-@pytest.mark.parametrize("chunks, clean", [((1, 3, 3), True), ((1, 3, 3, 3, 2), True), ((1, 3, 3, 3), False)])
+@pytest.mark.parametrize("chunks, clean", [((1, 3, 3), True), ((1, 3, 3, 3, 2), True),
+                                           ((1, 3, 3, 3), False)])
 def test_plan_counts_the_blocks_that_flex_attention_computes(chunks, clean):
     """Of the true mask, token by token, the share of blocks of 128 in which anything is visible."""
     config = WanConfig(kind="causal", num_attention_heads=1, num_layers=1)
-    net = train.OnMeta(train.SimpleNamespace(config=config), (16, 24), 4)
+    net = plan.OnMeta(SimpleNamespace(config=config), (16, 24), 4)
     tokens, share = net.visible(chunks, clean)
-    mask = train.chunk_mask(chunks, min(3, len(chunks)), 96, 24, clean, "cpu").float()
+    mask = chunk_mask(chunks, min(3, len(chunks)), 96, 24, clean, "cpu").float()
     blocks = torch.nn.functional.max_pool2d(mask[None], 128, ceil_mode=True)
     assert tokens == len(mask) and abs(share - blocks.mean().item()) < 1e-6
 
@@ -236,25 +269,14 @@ def test_plan_counts_the_blocks_that_flex_attention_computes(chunks, clean):
 def test_plan_adds_up(monkeypatch, capsys):
     """What the command prints of a stage: seconds, GPU-days, and from how many GPUs it fits a card."""
     parts = {"weights": 64 * 2**30, "activations": 30 * 2**30}  # of each of 8 GPUs: 512 GiB in all
-    monkeypatch.setattr(train, "plan_of", lambda *args: (4e15, parts))
-    monkeypatch.setattr(train, "cost_of_sampling", lambda *args: (1e15, 2**30))
-    run(
-        "plan",
-        "--preset",
-        "wan-14b-causal",
-        "--gpus",
-        "16",
-        "--tflops",
-        "1000",
-        "--utilisation",
-        "0.5",
-        "--steps",
-        "2700",
-    )
+    monkeypatch.setattr(plan, "cost_of_training", lambda *args: (4e15, parts))
+    monkeypatch.setattr(plan, "cost_of_sampling", lambda *args: (1e15, 2**30))
+    plan.main("--preset wan-14b-causal --gpus 16 --tflops 1000 --utilisation 0.5 --steps 2700".split())
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0][1] == "14,288,491,584" and "14,317,342,784;" in lines[0]
     cost, memory = (line[1:] for line in lines if line[:1] == ["onpolicy"])
-    assert cost == ["16", "2700", "4", "8", "4", "no", "no", "8"] and memory[-3:] == ["30.00", "0.00", "94.00"]
+    assert cost == ["16", "2700", "4", "8", "4", "no", "no", "8"]
+    assert memory[-3:] == ["30.00", "0.00", "94.00"]
     assert ["stages", "1", "and", "2", "together:", "8", "GPU-days"] in lines
 
 
@@ -262,9 +284,9 @@ def test_plan_adds_up(monkeypatch, capsys):
 def adapted(story, tmp_path_factory):
     """Students of stage 1 that differ from their teachers by LoRA of rank 4."""
     folder = tmp_path_factory.mktemp("adapted")
-    for preset, teacher in (("tiny", "teacher"), ("tiny-causal", "causal-teacher")):
+    for name, teacher in (("tiny", "teacher"), ("tiny-causal", "causal-teacher")):
         options = ["--init", story[teacher], "--steps", "4", "--lora", "4", *BRIEF]
-        run("flowmap", "--preset", preset, *options, "--out", folder / preset)
+        run("flowmap", "--preset", name, *options, "--out", folder / name)
     return folder
 
 
@@ -273,29 +295,29 @@ JUDGED = {"tiny": ("teacher", "teacher"), "tiny-causal": ("causal-teacher", "tea
 
 @pytest.mark.parametrize("kind", ["anyflow", "causal"])
 def test_from_a_published_teacher_to_what_diffusers_opens(kind, tmp_path):
-    """Both stages on a folder that diffusers saved, with LoRA on one base: diffusers opens all that they leave."""
+    """Both stages on a folder of diffusers, with LoRA on one base: diffusers opens all that they leave."""
     diffusers = pytest.importorskip("diffusers")
-    config, _, _ = train.preset("tiny-causal" if kind == "causal" else "tiny")
-    small = {key: value for key, value in train.replace(config, kind="teacher").to_dict().items() if key[0] != "_"}
+    name = "tiny-causal" if kind == "causal" else "tiny"
+    teacher = replace(preset(name)[0], kind="teacher").to_dict()
+    small = {key: value for key, value in teacher.items() if key[0] != "_"}
     diffusers.WanTransformer3DModel(**small).save_pretrained(tmp_path / "wan" / "transformer")
-    wan, options = tmp_path / "wan", ["--steps", "2", "--lora", "4", "--target", "data", *BRIEF]
-    options += ["--preset", "tiny-causal" if kind == "causal" else "tiny"]
+    wan = tmp_path / "wan"
+    options = ["--preset", name, "--steps", "2", "--lora", "4", "--target", "data", *BRIEF]
     run("flowmap", *options, "--init", wan, "--out", tmp_path / "forward")
     run("onpolicy", *options, "--init", tmp_path / "forward", "--teacher", wan, "--out", tmp_path / "anyflow")
     names = {"anyflow": "AnyFlowTransformer3DModel", "causal": "AnyFlowFARTransformer3DModel"}
-    reference, info = getattr(diffusers, names[kind]).from_pretrained(
-        tmp_path / "anyflow", output_loading_info=True
-    )
+    network = getattr(diffusers, names[kind])
+    reference, info = network.from_pretrained(tmp_path / "anyflow", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ours = Wan.from_pretrained(tmp_path / "anyflow")
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in reference.state_dict().items())
 
 
-@pytest.mark.parametrize("preset, processes", [("tiny", 1), ("tiny-causal", 2)])
-def test_one_base_with_adapters_trains_as_three_models(story, adapted, preset, processes, tmp_path):
-    """Stage 2 with teacher, student and fake score as adapters of one network: losses and weights of three."""
-    teacher, real = (story[name] for name in JUDGED[preset])
-    options = ["onpolicy", "--preset", preset, "--init", adapted / preset, "--teacher", teacher, "--real", real]
+@pytest.mark.parametrize("name, processes", [("tiny", 1), ("tiny-causal", 2)])
+def test_one_base_with_adapters_trains_as_three_models(story, adapted, name, processes, tmp_path):
+    """Teacher, student and fake score as adapters of one network: losses and weights of three networks."""
+    teacher, judge = (story[role] for role in JUDGED[name])
+    options = ["onpolicy", "--preset", name, "--init", adapted / name, "--teacher", teacher, "--judge", judge]
     options += ["--steps", "3", "--lora", "4", *BRIEF]
     run(*options, "--share", "false", "--out", tmp_path / "false")
     (torchrun if processes > 1 else run)(*options, "--share", "true", "--out", tmp_path / "true")
@@ -306,13 +328,14 @@ def test_one_base_with_adapters_trains_as_three_models(story, adapted, preset, p
 
 
 def test_one_base_is_held_once(story, adapted):
-    """All that is frozen and of the teacher's shape lies in one memory; the student still starts as its folder."""
-    args = train.parse(["onpolicy", "--preset", "tiny", "--init", str(adapted / "tiny"), "--teacher",
-                        str(story["teacher"])])  # fmt: skip
+    """All that is frozen and of the teacher's shape lies in one memory; the student starts as its folder."""
+    options = ["--init", str(adapted / "tiny"), "--teacher", str(story["teacher"])]
+    args = train.parse(["onpolicy", "--preset", "tiny", *options])
     recipe = train.Recipe(lora=4, dtype="float32", checkpointing="none", compile=False)
-    nets = train.networks("onpolicy", recipe, args, train.preset("tiny")[0])
-    train.assemble(nets, recipe, torch.device("cpu"))
-    base = dict(nets["real"].named_parameters())
+    make = train.from_folders("onpolicy", recipe, args, preset("tiny")[0])
+    nets = train.networks("onpolicy", recipe, make)
+    assemble(nets, recipe, torch.device("cpu"))
+    base = dict(nets["judge"].named_parameters())
     for name in ("student", "fake"):
         own = dict(nets[name].named_parameters())
         assert all(own[key] is p and not p.requires_grad for key, p in base.items()), name
@@ -322,7 +345,7 @@ def test_one_base_is_held_once(story, adapted):
 
 
 def test_lora_bfloat16_and_checkpointing_train(story, tmp_path):
-    """Full scale's options on a small model: what is not adapted stays as it was, what is saved has no LoRA."""
+    """Full scale's options on a small model: what is not adapted stays as it was, no LoRA is saved."""
     options = ["flowmap", "--preset", "tiny", "--init", story["teacher"], "--steps", "2", *BRIEF]
     run(*options, "--lora", "4", "--dtype", "bfloat16", "--checkpointing", "full", "--out", tmp_path / "lora")
     made, start = weights(tmp_path / "lora"), weights(story["teacher"])
@@ -332,10 +355,10 @@ def test_lora_bfloat16_and_checkpointing_train(story, tmp_path):
 
 
 def test_exported_weights_are_the_average():
-    """The average of weights w_1, w_2, ... that a run keeps is the recursion a <- d a + (1 - d) w, d = (n+1)/(n+10)
-    while young, and the weights themselves before ema_start."""
+    """The average of weights w_1, w_2, ... that a run keeps is the recursion a <- d a + (1 - d) w, where
+    d = (n+1)/(n+10) while young, and the weights themselves before ema_start."""
     net = torch.nn.Linear(2, 1, bias=False)
-    run = train.Run({"student": net}, {}, Path("none"), {})
+    run = checkpoint.Run({"student": net}, {}, Path("none"), {})
     recipe, wanted = train.Recipe(ema=0.5, ema_start=2), None
     for run.step in range(8):
         net.weight.data = torch.randn(1, 2)
@@ -348,7 +371,7 @@ def test_exported_weights_are_the_average():
 
 
 def test_sample_writes_a_clip_that_goes_on_from_given_frames(story, tmp_path):
-    """V2V from the command line: latents, GIF and contact sheet; the given frames are true ones, and unchanged."""
+    """V2V from the command line: latents, GIF, contact sheet; the given frames are true ones, unchanged."""
     prompts = ["a slow red disc moving left", "a fast blue cross moving up"]
     options = ["--model", str(story["causal-anyflow"]), "--given", "3", "--steps", "2", "--seed", "5"]
     sample.main([*options, "--prompt", *prompts, "--out", str(tmp_path)])
@@ -387,21 +410,24 @@ class Codec:
         return torch.tensor(rows)[:, :, None].expand(-1, -1, 32).contiguous()
 
 
-def test_too_little_memory_is_told_what_would_fit(monkeypatch, capsys):
-    card = train.SimpleNamespace(name="A card", total_memory=24 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-
+def test_too_little_memory_is_told_what_needs_less(monkeypatch, capsys):
+    """One sentence, and the command that says what would fit: as it stands there, it runs."""
     def full(args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore of it")
 
     monkeypatch.setattr(train, "run_stage", full)
-    with pytest.raises(SystemExit, match="on A card, 24 GiB: the plan says [0-9]+ GiB on each of 1 .*1 of 141 GiB"):
-        run("flowmap", "--preset", "tiny", "--batch", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refused("flowmap", "--preset", "tiny", "--batch", "2")
+    assert "CUDA out of memory" in said and "More --accumulate or --checkpointing full" in said
+    command = said[said.index("python -m full.plan ") :].split()[3:7]
+    assert command == ["--preset", "tiny", "--gpus", "2"]
+    monkeypatch.setattr(plan, "cost_of_training", lambda *args: (4e15, {"weights": 2**30}))
+    plan.main(command)
+    assert "flowmap" in capsys.readouterr().out
 
 
 def test_videos_become_shards(tmp_path, capsys):
-    """Each video in its row of a shard, bad ones reported and skipped; a stopped run goes on, nothing twice."""
+    """Each video in its row of a shard, bad ones named and skipped; a stopped run goes on, nothing twice."""
     videos, shape, codec = tmp_path / "videos", (3, 3, 4, 6), Codec()
     (videos / "more").mkdir(parents=True)
     for i in range(5):
@@ -420,30 +446,28 @@ def test_videos_become_shards(tmp_path, capsys):
         return Codec.encode(codec, video)
 
     codec.encode = stopped
+    make = lambda: prepare.prepare(videos, tmp_path / "out", shape, 32, codec, codec, size=2)
     with pytest.raises(KeyboardInterrupt):
-        train.prepare(videos, tmp_path / "out", shape, 32, codec, codec, size=2)
+        make()
     assert len(list((tmp_path / "out").glob("000-*.safetensors"))) == 1
-    assert train.prepare(videos, tmp_path / "out", shape, 32, codec, codec, size=2) == (5, 3)
+    assert make() == (5, 3)
     assert len(calls) == 4 + 3  # two of the first three lay in a shard already
     (videos / "silent.txt").write_text("clip 0")  # mended
-    assert train.prepare(videos, tmp_path / "out", shape, 32, codec, codec, size=2) == (6, 2) and len(calls) == 8
+    assert make() == (6, 2) and len(calls) == 8
     said = capsys.readouterr().err
-    assert all(
-        word in said for word in ("no caption in", "is no video", "has 8 frames at 16 frames a second, expected 9")
-    )
+    short = "has 8 frames at 16 frames a second, expected 9"
+    assert all(words in said for words in ("no caption in", "is no video", short))
 
-    data = train.Shards(tmp_path / "out", shape, 32)
+    made = Shards(tmp_path / "out", shape, 32)
     rows = [json.loads(line) for line in open(tmp_path / "out" / "manifest-000.jsonl")]
-    assert len(data) == 6 and data.null.shape == (1, 8, 32) and sum("error" in row for row in rows) == 2
+    assert len(made) == 6 and made.null.shape == (1, 8, 32) and sum("error" in row for row in rows) == 2
     for row in (row for row in rows if "shard" in row):
         shard = load_file(tmp_path / "out" / row["shard"])
-        video, _ = sample.read_video(videos / row["video"], 9, 32, 48)
+        video, _ = read_video(videos / row["video"], 9, 32, 48)
+        caption = (videos / row["video"]).with_suffix(".txt").read_text()
         assert shard["latents"].dtype == torch.bfloat16 and row["used"] == "48 x 32 of 48 x 40"
         assert torch.equal(shard["latents"][row["row"]], Codec().encode(video[None])[0].bfloat16())
-        assert torch.equal(
-            shard["text"][row["row"]],
-            codec([(videos / row["video"]).with_suffix(".txt").read_text()])[0].bfloat16(),
-        )
+        assert torch.equal(shard["text"][row["row"]], codec([caption])[0].bfloat16())
 
 
 def refused(*args):
@@ -461,7 +485,8 @@ def test_shards_train(shards, tmp_path):
 def test_corrupt_shard_is_named_and_skipped_only_if_asked(shards, tmp_path):
     bad = shards / "shard-00001.safetensors"
     bad.write_bytes(bad.read_bytes()[:1000])
-    options = ["teacher", "--preset", "tiny", "--data", shards, "--steps", "2", *BRIEF, "--out", tmp_path / "out"]
+    options = ["teacher", "--preset", "tiny", "--data", shards, "--steps", "2", *BRIEF]
+    options += ["--out", tmp_path / "out"]
     assert str(bad) in refused(*options)
     run(*options, "--skip-bad-shards")
     bad.unlink()
@@ -474,7 +499,8 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(shards, tmp_path):
     clips = load_file(shards / "shard-00001.safetensors")
     clips["latents"][:] = float("nan")
     save_file(clips, shards / "shard-00001.safetensors")
-    options = ["teacher", "--preset", "tiny", "--data", shards, "--steps", "9", "--save-every", "1", "--batch", "1"]
+    options = ["teacher", "--preset", "tiny", "--data", shards, "--steps", "9", "--save-every", "1"]
+    options += ["--batch", "1"]
     message = refused(*options, "--out", tmp_path / "out")
     steps = len(losses(tmp_path / "out"))
     assert "stage teacher" in message and f"step {steps}:" in message and "nan" in message
@@ -484,18 +510,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(shards, tmp_path):
 
 def test_resume_names_changed_settings(story, tmp_path):
     shutil.copytree(story["teacher"], tmp_path / "out")
-    options = [
-        "teacher",
-        "--preset",
-        "tiny",
-        "--steps",
-        "4",
-        "--save-every",
-        "2",
-        *BRIEF,
-        "--out",
-        tmp_path / "out",
-    ]
+    options = ["teacher", "--preset", "tiny", *TWICE, *BRIEF, "--out", tmp_path / "out"]
     message = refused(*options, "--resume", "--lr", "2e-3", "--batch", "4")
     assert "lr 0.001 -> 0.002" in message and "batch 8 -> 4" in message
     assert "earlier run" in refused(*options)
@@ -509,19 +524,8 @@ def test_full_disk_keeps_the_old_checkpoint(story, tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(train.dcp, "save", full)
-    options = [
-        "teacher",
-        "--preset",
-        "tiny",
-        "--steps",
-        "4",
-        "--save-every",
-        "2",
-        *BRIEF,
-        "--out",
-        tmp_path / "out",
-    ]
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    options = ["teacher", "--preset", "tiny", *TWICE, *BRIEF, "--out", tmp_path / "out"]
     message = refused(*options, "--resume")
     assert "No space left" in message and "step-0000002" in message
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-0000002"]
@@ -531,7 +535,7 @@ def test_broken_checkpoint_is_named(story, tmp_path):
     shutil.copytree(story["teacher"], tmp_path / "out")
     for part in (tmp_path / "out" / "checkpoints" / "step-0000004").glob("*.distcp"):
         part.write_bytes(part.read_bytes()[:100])
-    options = ["--preset", "tiny", "--steps", "4", "--save-every", "2", *BRIEF, "--out", tmp_path / "out"]
+    options = ["--preset", "tiny", *TWICE, *BRIEF, "--out", tmp_path / "out"]
     assert "cannot read checkpoint" in refused("teacher", *options, "--resume")
 
 
@@ -545,15 +549,16 @@ def test_foreign_folders_are_named(story, tmp_path):
     assert "--init is missing" in refused("flowmap", *tiny)
     assert "no model folder" in refused("flowmap", *tiny, "--init", tmp_path / "none")
     assert "stage flowmap" in refused("consistency", *tiny, "--init", story["forward"])
-    assert "stage consistency" in refused(
-        "onpolicy", *tiny, "--init", story["consistency"], "--teacher", story["teacher"]
-    )
-    Wan(WanConfig(**{**train.preset("tiny")[0].__dict__, "num_layers": 2})).save_pretrained(tmp_path / "small")
+    options = ["--init", story["consistency"], "--teacher", story["teacher"]]
+    assert "stage consistency" in refused("onpolicy", *tiny, *options)
+    Wan(replace(preset("tiny")[0], num_layers=2)).save_pretrained(tmp_path / "small")
     assert "num_layers 2, expected 4" in refused("flowmap", *tiny, "--init", tmp_path / "small")
     causal = ["--preset", "tiny-causal", "--steps", "2", *BRIEF, "--out", tmp_path / "out"]
     assert "kind teacher" in refused("flowmap", *causal, "--init", story["teacher"])
-    bidirectional = ["--init", story["forward"], "--teacher", story["teacher"], "--real", story["causal-teacher"]]
-    assert "bidirectional judge" in refused("onpolicy", *tiny, *bidirectional)
+    options = ["--init", story["forward"], "--teacher", story["teacher"], "--judge", story["causal-teacher"]]
+    message = refused("onpolicy", *tiny, *options)
+    assert f"--judge {story['causal-teacher']} is of kind causal" in message
+    assert "expected a bidirectional one" in message
     assert "lora is 4" in refused("teacher", *tiny, "--lora", "4")
 
 
@@ -564,17 +569,97 @@ def test_foreign_folders_are_named(story, tmp_path):
     (["--lr", "nan"], "lr is nan"),
     (["--drop", "2"], "drop is 2"),
     (["--seed", "-1"], "seed is -1"),
-])  # fmt: skip
+])
 def test_numbers_out_of_range(options, words, tmp_path):
     assert words in refused("teacher", "--preset", "tiny", "--out", tmp_path / "out", *options)
 
 
+@dataclass(frozen=True)
+class Declared:
+    """A field of every type."""
+
+    count: int = option(3, "how many", low=1, high=9)
+    share: float = option(0.5, "of all", low=0, high=1)
+    rate: float = option(1.0, "each second", above=0)
+    switch: bool = option(True, "on or off")
+    word: str = option("a", "one letter", choices=("a", "b"))
+    place: str = option(None, "anywhere")
+    sides: tuple = option((1, 2), "two lengths", low=1, high=4, length=2)
+    steps: tuple = option((1,), "any number of them", low=0)
+
+
+FIT = {"count": [1, 9], "share": [0, 1, 0.0, 1.0, 5e-324], "rate": [5e-324, 1, 1e18],
+       "switch": [True, False], "word": ["a", "b"], "place": [None, "", "x"], "sides": [(1, 4), [4, 1]],
+       "steps": [(0,), [10**9, 0, 0]]}
+NAN, INF = math.nan, math.inf
+UNFIT = {
+    "count": ("an integer .*1.*9", [
+        0, 10, -1, 2.0, 2.5, True, "3", None, NAN, INF, [3], {}, 10**400]),
+    "share": ("a number .*0.*1", [
+        -1e-9, 1.001, 2, True, False, "0.5", None, NAN, INF, [0.5], 10**400]),
+    "rate": ("a number above 0", [0, 0.0, -1, NAN, INF, -INF, True, "1", None]),
+    "switch": ("true or false", [0, 1, 1.0, "true", None, []]),
+    "word": ("one of a, b", ["c", "A", "", "ab", 0, None, True, ["a"], ("a",)]),
+    "place": ("text", [0, 1.0, True, ["x"], {}]),
+    "sides": ("2 integers .*1.*4", [
+        (), [], (1,), (1, 2, 3), (0, 1), (1, 5), (1, 2.0), (1, True), ("1", "2"), "12", 12, None, ([1], 2)]),
+    "steps": ("integers .*at least 0", [(), [], (-1,), (1, NAN), (1.5,), (1, None), "1", 1, None, [[1]]]),
+}
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_declared_values_are_taken(name):
+    for value in FIT[name]:
+        made = check(Declared, {name: value, "unknown": 7})[name]
+        assert made == (tuple(value) if isinstance(value, list) else value) and type(made) is not list
+
+
+def test_missing_values_and_what_is_no_object_are_named():
+    for given, found in ({"rank": 0}, "video is missing"), ({"video": "a.mp4"}, "rank is missing"):
+        with pytest.raises(ValueError, match=f"^line 3: {found}, expected "):
+            check(prepare.Row, given, "line 3")
+    for given in ([], None, "count", 3):
+        with pytest.raises(ValueError, match="^file.json holds .*, expected an object"):
+            check(Declared, given, "file.json")
+
+
+PAIRS = [(name, value) for name, (_, values) in UNFIT.items() for value in values]
+
+
+@pytest.mark.parametrize("name, value", PAIRS, ids=[f"{name} {value!r:.20}" for name, value in PAIRS])
+def test_wrong_neighbours_of_declared_values_are_named(name, value):
+    """Key, value, and what was expected, in one sentence."""
+    shown = repr(tuple(value) if isinstance(value, list) else value)
+    with pytest.raises(ValueError) as error:
+        check(Declared, {name: value}, "file.json")
+    start, end = str(error.value).split(", expected ")
+    assert start == f"file.json: {name} is {shown}" and re.fullmatch(f"{UNFIT[name][0]}.?", end)
+
+
+def test_help_names_each_number_of_a_recipe_its_meaning_and_the_presets_default(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as end:
+        run("onpolicy", "--preset", "tiny", "--help")
+    said = " ".join(capsys.readouterr().out.split())
+    for field in fields(train.Recipe):
+        default = train.RECIPES["tiny"]["onpolicy"].get(field.name, field.default)
+        default = ",".join(map(str, default)) if field.type is tuple else default
+        default = str(default).lower() if field.type is bool else default
+        meaning, wanted = field.metadata["meaning"], expected(field).strip()
+        said_of = said.split(f" --{field.name.replace('_', '-')} ")[-1]
+        assert meaning and f" {meaning}: {wanted} (default {default})" in said_of[:300], field.name
+    assert end.value.code == 0
+    known = {"fake-steps": "3", "rollout-steps": "1,2,4", "lr": "0.0002", "compile": "false"}
+    for name, default in known.items():
+        assert said.split(f" --{name} ")[-1].split("(default ")[1].startswith(f"{default})")
+
+
 def test_presets_carry_the_published_recipe():
-    stages = {stage: train.Recipe(**changes) for stage, changes in train.preset("wan-14b-causal")[2].items()}
-    forward, policy = stages["flowmap"], stages["onpolicy"]
-    assert (forward.steps, forward.batch, forward.lr, forward.beta2, forward.lora) == (4000, 16, 5e-5, 0.95, 256)
+    forward, policy = (train.recipe_of("wan-14b-causal", stage, {}) for stage in ("flowmap", "onpolicy"))
+    assert (forward.steps, forward.batch, forward.lr) == (4000, 16, 5e-5)
+    assert (forward.beta2, forward.lora) == (0.95, 256)
     assert (policy.steps, policy.lr, policy.beta1, policy.ema) == (1200, 2e-6, 0.0, 0.99)
-    config, shape, _ = train.preset("wan-1.3b-causal")
+    config, shape = preset("wan-1.3b-causal")
     assert config.kind == "causal" and sum(config.chunk_partition) == shape[0] == 21
 
 

@@ -3,24 +3,9 @@
 import pytest
 import torch
 
-from toy.video import (
-    KINDS,
-    SIZE,
-    TEXT_DIM,
-    WORLDS,
-    World,
-    describe,
-    embed,
-    frechet,
-    mask,
-    nearest,
-    parse_prompt,
-    score,
-    track,
-    wrap,
-    write_shards,
-)
-from train import Shards
+from full.data import Shards
+from toy.video import write_shards
+from toy.world import SIZE, WORLDS, describe, embed, frechet, mask, nearest, parse_prompt, score, track, wrap
 
 WORDS = ("colour", "shape", "direction", "speed")
 
@@ -44,7 +29,7 @@ def test_world_repeats_by_number(world):
 
 
 def test_torus_has_no_edges():
-    """To start a pixel further right is to be rolled by a pixel, wherever the object is; SIZE further, nothing."""
+    """To start a pixel further right is to be rolled by a pixel, wherever the object is; by SIZE, nothing."""
     world = WORLDS["torus"]
     x, labels, start = clips(world)
     assert torch.allclose(world.render(labels, start + torch.tensor([1.0, 0])), x.roll(1, -1), atol=1e-5)
@@ -83,9 +68,8 @@ def test_tracker_finds_the_start_and_every_centre(world):
 
 
 def broken(x):
-    blur = torch.nn.functional.avg_pool2d(
-        torch.nn.functional.pad(x.flatten(0, 1), (2, 2, 2, 2), mode="circular"), 5, 1
-    )
+    padded = torch.nn.functional.pad(x.flatten(0, 1), (2, 2, 2, 2), mode="circular")
+    blur = torch.nn.functional.avg_pool2d(padded, 5, 1)
     return {
         "blurred": blur.view_as(x),
         "noisy": x + torch.randn_like(x),
@@ -106,7 +90,7 @@ def broken(x):
     ("teleporting", ["physics"], ["sharp", "colour", "shape", "direction", "speed"]),
     ("reversed", ["direction"], ["sharp", "physics", "shape", "speed"]),
     ("empty", ["sharp", "direction"], []),
-])  # fmt: skip
+])
 def test_tracker_fails_broken_clips_where_it_should(how, failing, passing):
     x, labels, _ = clips(WORLDS["torus"])
     scores = score(broken(x)[how], labels, WORLDS["torus"])
@@ -144,22 +128,21 @@ def test_frechet_of_gaussians():
 def test_prompt_words():
     labels = torch.tensor([[0, 1, 3, 0]])
     assert torch.tensor(parse_prompt(describe(labels[0]))).equal(labels[0])
-    for prompt, name in (
-        ("a red disc moving left", "speed"),
-        ("a slow fast red disc left", "speed"),
-        ("", "colour"),
-    ):
+    for prompt, name in (("a red disc moving left", "speed"), ("a slow fast red disc left", "speed"),
+                         ("", "colour")):
         with pytest.raises(ValueError, match=name):
             parse_prompt(prompt)
-    assert embed(labels).shape == (1, len(KINDS), 32) and not torch.equal(embed(labels)[:, 0], embed(None)[:, 0])
+    assert embed(labels).shape == (1, 4, 32)
+    assert not torch.equal(embed(labels)[:, 0], embed(None)[:, 0])
 
 
 def test_shards_hold_the_worlds_clips(tmp_path):
-    world = World()
+    world = WORLDS["torus"]
     write_shards(world, tmp_path, 10, seed=2, size=4)
-    data = Shards(tmp_path, world.shape, TEXT_DIM)
+    data = Shards(tmp_path, world.shape, 32)
     x, text = data.batch(range(10), seed=0)
     y, prompts = world.batch(range(10), seed=2)
     order = [(clip - y).flatten(1).norm(dim=1).argmin().item() for clip in x]
     assert sorted(order) == list(range(10)) and order != sorted(order)  # an epoch: every clip once, shuffled
-    assert torch.equal(x, y[order]) and torch.equal(text, prompts[order]) and torch.equal(data.null, world.null)
+    assert torch.equal(x, y[order]) and torch.equal(text, prompts[order])
+    assert torch.equal(data.null, world.null)

@@ -1,4 +1,4 @@
-"""AnyFlow in two dimensions: the whole method of `anyflow.py` with one small MLP, on a laptop, in two minutes.
+"""AnyFlow in two dimensions: the whole method with one small MLP, on a laptop, in two minutes.
 
     python -m toy.flow2d                       # checkerboard, one seed: table, claims, figures in out/flow2d
     python -m toy.flow2d --density mixture --exact-teacher
@@ -11,11 +11,9 @@ density here is a mixture whose velocity is known in closed form, so a path can 
 
 import argparse
 import copy
-import json
 import math
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,22 +23,21 @@ from torch import nn
 from tqdm import tqdm
 
 import anyflow
+from full.files import write_json
+from full.options import command, positive
 from toy import plots
 
 NFE = [1, 2, 4, 8, 16, 32, 64]  # network calls, each a divisor of the next: the grids are nested
 METHODS = ["teacher", "consistency", "anyflow-forward", "anyflow"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Densities with exact velocities
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Densities with exact velocities ---------------------------------------------------------------------
 
 class Mixture:
-    """Equal-weight mixture of K components in the plane, centred, with a variance of one in the mean of both axes.
+    """Equal-weight mixture of K components in the plane, centred, of mean variance one.
 
     shape="gaussian": N(centre, size^2). shape="box": uniform on the square centre +- size.
-    Given z_t, the noise of component k has a known posterior; v(z, t) = E[eps - x | z_t = z] follows from its mean.
+    Given z_t, the noise of component k has a known posterior; v = E[eps - x | z_t] follows from its mean.
     """
 
     def __init__(self, centres, size, shape):
@@ -57,8 +54,8 @@ class Mixture:
         return centre + self.size * within
 
     def velocity(self, z, t, r=None):
-        """v(z, t) (B, 2), in the precision of z. It ignores r: it stands wherever a teacher is asked at (t, t)."""
-        # v = (E[eps | z] - z) / (1 - t), from x = (z - t eps) / (1 - t): 0/0 at t = 1, so stop just short of 1.
+        """v(z, t) (B, 2), in the precision of z. It ignores r: it stands where a teacher is asked."""
+        # v = (E[eps | z] - z) / (1 - t), from x = (z - t eps) / (1 - t): 0/0 at t = 1, so stop just short.
         t = torch.as_tensor(t, dtype=torch.float64).clamp(1e-6, 1 - 1e-6).expand(len(z))[:, None, None]
         y = z.double()[:, None]  # (B, 1, 2) against components (K, 2)
         if self.shape == "gaussian":
@@ -74,7 +71,7 @@ class Mixture:
         return (((weight * eps).sum(1) - y[:, 0]) / (1 - t[:, 0])).to(z.dtype)
 
     def flow(self, z, grid, substeps=2):
-        """Exact ODE states at the times of a falling grid, from z at grid[0]: (len(grid), B, 2). RK4, float64."""
+        """Exact ODE states at the times of a falling grid, from z: (len(grid), B, 2). RK4, float64."""
         states = [z.double()]
         for start, stop in zip(grid[:-1], grid[1:]):
             y, h = states[-1], (stop - start) / substeps
@@ -88,9 +85,8 @@ class Mixture:
             states.append(y)
         return torch.stack(states)
 
-
 def truncated_normal(lo, hi):
-    """Mean, and log of the mass, of a standard normal on [lo, hi]; also far out in the tails, also if narrow."""
+    """Mean, and log of the mass, of a standard normal on [lo, hi]; also in the tails, also if narrow."""
     flip = lo + hi > 0  # work in the left tail, where log_ndtr keeps its precision
     a, b = torch.where(flip, -hi, lo), torch.where(flip, -lo, hi)
     log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
@@ -99,16 +95,13 @@ def truncated_normal(lo, hi):
     mean = (log_phi(a) - log_mass).exp() - (log_phi(b) - log_mass).exp()
     return torch.where(flip, -mean, mean), log_mass
 
-
 def checkerboard():
     return Mixture([(i, 2 * j + i % 2) for i in range(4) for j in range(2)], 0.5, "box")
-
 
 def mixture():
     """Six Gaussians on a ring and one in the middle."""
     ring = [(math.cos(a), math.sin(a)) for a in torch.arange(6) * math.tau / 6]
     return Mixture([(0.0, 0.0)] + ring, 0.12, "gaussian")
-
 
 def spiral():
     """Two spiral arms, each drawn by 40 overlapping Gaussians at nearly equal distances along its length."""
@@ -116,14 +109,10 @@ def spiral():
     arm = torch.stack([s * s.cos(), s * s.sin()], 1)
     return Mixture(torch.cat([arm, -arm]), 0.35, "gaussian")
 
-
 DENSITIES = {"checkerboard": checkerboard, "mixture": mixture, "spiral": spiral}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The network, and the loop that trains it
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- The network, and the loop that trains it ------------------------------------------------------------
 
 class MLP(nn.Module):
     """u(z, t, r) for points z (B, 2), times (B,). Two time embedders and a fixed gate, as in the DiT."""
@@ -134,9 +123,8 @@ class MLP(nn.Module):
         # Sharp edges need high frequencies in z.
         self.register_buffer("space", torch.tensor([1.0, 2.0, 4.0]) * 0.9)
         self.register_buffer("time", torch.tensor([0.5, 1.0, 2.0, 4.0]) * math.pi)
-        self.embed_t, self.embed_r = (
-            nn.Sequential(nn.Linear(9, 64), nn.SiLU(), nn.Linear(64, width)) for _ in range(2)
-        )
+        embedder = lambda: nn.Sequential(nn.Linear(9, 64), nn.SiLU(), nn.Linear(64, width))
+        self.embed_t, self.embed_r = embedder(), embedder()
         self.first = nn.Linear(2 + 12, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.last = nn.Linear(width, 2)
@@ -149,35 +137,54 @@ class MLP(nn.Module):
             h = h + layer(nn.functional.silu(h))
         return self.last(nn.functional.silu(h))
 
-
 def fourier(x, frequencies):
     """(B, n) -> (B, n + 2 n len(frequencies)): the numbers themselves with their sines and cosines."""
     angles = (x[:, :, None] * frequencies).flatten(1)
     return torch.cat([x, angles.sin(), angles.cos()], 1)
 
+class Learner:
+    """A network in training by Adam, with warm-up and cosine decay, and its averaged weights."""
 
-def fit(stage, model, loss_of, steps, lr, betas=(0.9, 0.999), ema=0.999):
-    """Adam with cosine decay on `loss_of(model, progress)`. Returns the average of the weights, and seconds."""
+    def __init__(self, model, lr, steps, betas=(0.9, 0.999), ema=0.999):
+        self.model, self.lr, self.steps, self.ema, self.updates = model, lr, steps, ema, 0
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.optimiser = torch.optim.Adam(model.parameters(), lr, betas, fused=True)
+
+    def update(self, step):
+        """With the gradients that are there, in the learning rate of that step."""
+        decay = (1 + math.cos(math.pi * step / self.steps)) / 2
+        self.optimiser.param_groups[0]["lr"] = self.lr * min(1, (step + 1) / 50) * decay
+        parameters = list(self.model.parameters())
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        anyflow.update_average(list(self.average.parameters()), parameters, self.updates, self.ema)
+        self.updates += 1
+
+def repeat(stage, steps, one_step):
+    """one_step(i) for i = 0, 1, ...: each returns its loss. Returns seconds."""
     start = time.perf_counter()
-    average = copy.deepcopy(model).requires_grad_(False)
-    params = list(model.parameters())
-    optimiser = torch.optim.Adam(params, lr, betas, fused=True)
     bar = tqdm(range(steps), desc=f"{stage:>15}", leave=False, disable=None, mininterval=0.5)
     for i in bar:
-        optimiser.param_groups[0]["lr"] = lr * min(1, (i + 1) / 50) * (1 + math.cos(math.pi * i / steps)) / 2
-        loss = loss_of(model, i / steps)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss of stage {stage} is {loss.item()} at step {i}")
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimiser.step()
-        with torch.no_grad():  # the average forgets faster while it is young
-            torch._foreach_lerp_(list(average.parameters()), params, 1 - min(ema, (i + 1) / (i + 10)))
+        loss = one_step(i)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of stage {stage} is {loss} at step {i}")
         if i % 50 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.4f}")
-    return average, time.perf_counter() - start
+            bar.set_postfix_str(f"loss {loss:.4f}")
+    return time.perf_counter() - start
 
+def fit(stage, model, loss_of, steps, lr):
+    """Train a network by `loss_of(model, progress)`. Returns the average of its weights, and seconds."""
+    learner = Learner(model, lr, steps)
+
+    def one_step(i):
+        loss = loss_of(model, i / steps)
+        loss.backward()
+        learner.update(i)
+        return loss.item()
+
+    seconds = repeat(stage, steps, one_step)
+    return learner.average, seconds
 
 def train(density, methods, steps, batch, exact_teacher):
     """The stages of the paper, in order. Returns {method: network} and {method: seconds of its own stage}."""
@@ -187,60 +194,63 @@ def train(density, methods, steps, batch, exact_teacher):
         return anyflow.flow_matching_loss(model, density.sample(batch))
 
     nets["teacher"], seconds["teacher"] = fit("teacher", MLP(), teacher_loss, 2 * steps, 3e-3)
-    # What the students learn from. Every student starts from the teacher's weights: at r = t it is the teacher.
+    # What the students learn from. Every student starts as the teacher.
     trained = nets["teacher"]
     velocity = nets["teacher"] = density.velocity if exact_teacher else trained
     student = lambda net=trained: copy.deepcopy(net).requires_grad_(True)
 
-    # An error at small t lands on the sample, with no later step to mend it: the losses must not look past it.
-    # The paper's w(t), made for the data's velocity with its variance, does.
+    # An error at small t lands on the sample, and no later step mends it: so small t weighs more. The paper's
+    # w(t) = t sqrt(1 - t) weighs it less, since it was made for the data's velocity, which is noisy there.
     def flow_map_loss(model, _=None):
         weight = lambda t: 1 / (t + 0.05)
-        return anyflow.flow_map_loss(model, density.sample(batch), teacher=velocity, weight=weight, balance=False)
+        x = density.sample(batch)
+        return anyflow.flow_map_loss(model, x, teacher=velocity, weight=weight, balance=False)
 
     def consistency_loss(model, progress):  # finer teacher steps as training goes on: first fast, then exact
-        weight = lambda t: 1 / (t + 0.05) ** 2
-        return anyflow.consistency_loss(
-            model, velocity, density.sample(batch), steps=int(10 * 4**progress), weight=weight
-        )
+        weight, finer = lambda t: 1 / (t + 0.05) ** 2, int(10 * 4**progress)
+        return anyflow.consistency_loss(model, velocity, density.sample(batch), steps=finer, weight=weight)
 
-    if "consistency" in methods:
-        nets["consistency"], seconds["consistency"] = fit("consistency", student(), consistency_loss, steps, 2e-3)
-    if "anyflow-forward" in methods or "anyflow" in methods:
-        nets["anyflow-forward"], seconds["anyflow-forward"] = fit(
-            "anyflow-forward", student(), flow_map_loss, steps, 2e-3
-        )
+    for name, loss in (("consistency", consistency_loss), ("anyflow-forward", flow_map_loss)):
+        if name in methods or (name == "anyflow-forward" and "anyflow" in methods):
+            nets[name], seconds[name] = fit(name, student(), loss, steps, 2e-3)
     if "anyflow" in methods:
-        fake = student()
-        fake_optimiser = torch.optim.Adam(fake.parameters(), 3e-4, (0.0, 0.999), fused=True)
-
-        def on_policy_loss(model, progress):
-            grid = anyflow.time_grid(random.choice([1, 2, 4]))
-            k = random.randrange(len(grid) - 1)
-            x_hat = anyflow.backward_simulation(model, torch.randn(batch, 2), grid, k)
-            # The fake score must keep up with the student, or its error becomes the student's drift: three steps
-            # to one, on four noises a sample, with the student's decay of the learning rate.
-            fake_optimiser.param_groups[0]["lr"] = 3e-4 * (1 + math.cos(math.pi * progress)) / 2
-            for _ in range(3):
-                fake_optimiser.zero_grad()
-                anyflow.fake_score_loss(fake, x_hat.repeat(4, 1)).backward()
-                fake_optimiser.step()
-            t = 0.02 + 0.83 * torch.rand(batch)  # beyond, that error outweighs what the fake score has to say
-            dmd = anyflow.dmd_loss(x_hat, velocity, fake, t=t, per_sample=False)
-            return 4 * dmd + flow_map_loss(model)
-
-        forward, few = student(nets["anyflow-forward"]), max(1, steps // 5)
-        nets["anyflow"], seconds["anyflow"] = fit("anyflow", forward, on_policy_loss, few, 3e-4, (0.0, 0.999), 0.99)
+        nets["anyflow"], seconds["anyflow"] = on_policy(student(nets["anyflow-forward"]), velocity, student(),
+                                                        flow_map_loss, batch, max(1, steps // 5))
     return nets, seconds
 
+def on_policy(student, judge, fake, flow_map_loss, batch, steps):
+    """Stage 2 of a student, judged by the teacher. Returns the average of its weights, and seconds."""
+    learners = {name: Learner(net, 3e-4, steps, betas=(0.0, 0.999), ema=0.99)
+                for name, net in (("student", student), ("fake", fake))}
 
-# ------------------------------------------------------------------------------------------------------------
-# Measuring
-# ------------------------------------------------------------------------------------------------------------
+    def rollout(batch):
+        grid = anyflow.time_grid(random.choice([1, 2, 4]))
+        k = random.randrange(len(grid) - 1)
+        x_hat = anyflow.backward_simulation(student, torch.randn(batch, 2), grid, k)
+        # Beyond t = 0.85 the fake score's error outweighs what it has to say.
+        of_dmd = dict(t=0.02 + 0.83 * torch.rand(batch), per_sample=False)
+        return x_hat, of_dmd, lambda i: dict(repeats=4), {}
 
+    def one_step(i):
+        losses = []
+
+        def backward(name, loss):
+            loss.backward()
+            losses.append(loss.item())
+
+        # The fake score must keep up with the student: three updates, on four noises a sample, for one.
+        anyflow.on_policy_step([batch], rollout, lambda _: flow_map_loss(student), judge, fake, backward,
+                               lambda name: learners[name].update(i), dmd_weight=4.0, fake_steps=3)
+        return sum(losses)
+
+    seconds = repeat("anyflow", steps, one_step)
+    return learners["student"].average, seconds
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------
 
 class Ruler:
-    """What all methods of one seed are measured with: noise to start from, exact paths of some of it, data."""
+    """What all methods of one seed are measured with: noise, exact paths of some of it, data."""
 
     def __init__(self, density, points, traced=500):
         self.noise = torch.randn(points, 2)
@@ -253,16 +263,16 @@ class Ruler:
         self.floor = self.swd(self.data)  # what as many points of the density itself score
 
     def swd(self, x):
-        """Sliced 2-Wasserstein distance of points (n, 2) to the density, mean of 64 directions, in data units."""
+        """Sliced 2-Wasserstein distance of points (n, 2) to the density, mean of 64 directions."""
         return ((x @ self.directions).sort(0).values - self.quantiles).square().mean(0).sqrt().mean().item()
 
     def measure(self, method, net):
-        """Per NFE: {"swd", "path_error", "budget_drift"}, the samples, and the states of the traced points."""
-        run = anyflow.consistency_sample if method == "consistency" else anyflow.sample
-        options = {"average": False} if method == "teacher" else {}
+        """Per NFE: {"swd", "path_error", "budget_drift"}, the samples, and the traced points' states."""
+        options = {"teacher": dict(average=False), "consistency": dict(gamma=1.0)}.get(method, {})
         scores, states, samples = {"swd": [], "path_error": [], "budget_drift": []}, [], []
         for n in NFE:
-            visited = torch.cat([run(net, z, n, path=True, **options) for z in self.noise.split(2500)], dim=1)
+            parts = [anyflow.sample(net, z, n, path=True, **options) for z in self.noise.split(2500)]
+            visited = torch.cat(parts, dim=1)
             samples.append(visited[-1])
             states.append(visited[:, : self.exact.shape[1]])
             scores["swd"].append(self.swd(samples[-1]))
@@ -273,119 +283,67 @@ class Ruler:
             scores["budget_drift"].append((x - samples[-1]).norm(dim=-1).mean().item())
         return scores, samples, states
 
-
 def medians(results):
     """{method: {measure: [median over seeds, per NFE]}}"""
-    return {
-        name: {
-            key: [statistics.median(row) for row in values]
-            for key, values in scores.items()
-            if key != "train_seconds"
-        }
-        for name, scores in results["methods"].items()
-    }
-
+    of_nfe = lambda rows: [statistics.median(row) for row in rows]
+    return {name: {key: of_nfe(rows) for key, rows in scores.items() if key != "train_seconds"}
+            for name, scores in results["methods"].items()}
 
 def table(results):
     """Sliced Wasserstein distance by method and NFE, median over seeds, as text."""
-    lines = [
-        f"sliced Wasserstein distance, lower is better, sampling floor {results['floor']:.4f}",
-        f"{'network calls':16}" + "".join(f"{n:8}" for n in NFE) + "   train",
-    ]
-    for name, scores in medians(results).items():
-        seconds = results["methods"][name]["train_seconds"]
-        lines.append(f"{name:16}" + "".join(f"{value:8.4f}" for value in scores["swd"]) + f"{seconds:6.0f} s")
-    return "\n".join(lines)
-
+    rows = {name: [*scores["swd"], f"{results['methods'][name]['train_seconds']:.0f} s"]
+            for name, scores in medians(results).items()}
+    title = f"sliced Wasserstein distance, lower is better, sampling floor {results['floor']:.4f}"
+    return plots.table(title, [*NFE, "train"], rows, digits=4)
 
 def judge(results):
     """The paper's claims, each decided by the medians over seeds: [{"claim", "holds", "figures"}]."""
-    claims, scores = [], medians(results)
+    scores = medians(results)
     at = {n: i for i, n in enumerate(NFE)}
-
-    def claim(text, needs, holds, figures):
-        if all(name in scores for name in needs):
-            claims.append({"claim": text, "holds": bool(holds()), "figures": figures()})
-
-    def swd(name, n):
-        return scores[name]["swd"][at[n]]
-
-    def pairs(a, b):
-        return ", ".join(f"{n}: {swd(a, n):.4f} / {swd(b, n):.4f}" for n in NFE)
-
-    claim(
-        "the Euler teacher needs many calls: 4 calls are at least 3 times worse than 64",
-        ["teacher"],
-        lambda: swd("teacher", 4) >= 3 * swd("teacher", 64),
-        lambda: f"4: {swd('teacher', 4):.4f}, 64: {swd('teacher', 64):.4f}",
-    )
-    claim(
-        "consistency gets worse with more calls: 64 calls are worse than 1.5 times its best",
-        ["consistency"],
-        lambda: swd("consistency", 64) > 1.5 * min(scores["consistency"]["swd"]),
-        lambda: ", ".join(f"{n}: {swd('consistency', n):.4f}" for n in NFE),
-    )
-    claim(
-        "AnyFlow is any-step: no budget is worse than 1.1 times the best of the smaller ones",
-        ["anyflow"],
-        lambda: all(swd("anyflow", n) <= 1.1 * min(scores["anyflow"]["swd"][: at[n]]) for n in NFE[1:]),
-        lambda: ", ".join(f"{n}: {swd('anyflow', n):.4f}" for n in NFE),
-    )
-    for other in ("teacher", "consistency"):
-        claim(
-            f"AnyFlow is better than {'its ' * (other == 'teacher')}{other} at every number of calls",
-            ["anyflow", other],
-            lambda other=other: all(swd("anyflow", n) < swd(other, n) for n in NFE),
-            lambda other=other: pairs("anyflow", other),
-        )
-    claim(
-        "on-policy training improves 1 and 2 calls by 15 % or more and costs no other budget more than 10 %",
-        ["anyflow", "anyflow-forward"],
-        lambda: all(swd("anyflow", n) <= (0.85 if n <= 2 else 1.1) * swd("anyflow-forward", n) for n in NFE),
-        lambda: pairs("anyflow", "anyflow-forward"),
-    )
-    for key, n, share, text in (
-        ("path_error", 8, 10, "follows the ODE path at 8 calls: a tenth of consistency's distance to it"),
-        ("budget_drift", 4, 5, "shows at 4 calls what 64 will give: a fifth of consistency's drift"),
-    ):
-        a, b = (scores.get(name, {}).get(key, [0] * len(NFE))[at[n]] for name in ("anyflow", "consistency"))
-        claim(
-            f"AnyFlow {text}",
-            ["anyflow", "consistency"],
-            lambda a=a, b=b, share=share: a <= b / share,
-            lambda a=a, b=b: f"{a:.4f} / {b:.4f}",
-        )
-    return claims
+    claims = plots.Claims(NFE, digits=4)
+    teacher, consistency, forward, student = (scores.get(name, {}).get("swd") for name in METHODS)
+    if teacher:
+        claims.add("the Euler teacher needs many calls: 4 calls are at least 3 times worse than 64",
+                   teacher[at[4]] >= 3 * teacher[-1], teacher)
+    if consistency:
+        claims.add("consistency gets worse with more calls: 64 calls are worse than 1.5 times its best",
+                   consistency[-1] > 1.5 * min(consistency), consistency)
+    if student:
+        claims.add("AnyFlow is any-step: no budget is worse than 1.1 times the best of the smaller ones",
+                   all(student[i] <= 1.1 * min(student[:i]) for i in range(1, len(NFE))), student)
+    for name, other in (("its teacher", teacher), ("consistency", consistency)):
+        if student and other:
+            claims.add(f"AnyFlow is better than {name} at every number of calls",
+                       all(a < b for a, b in zip(student, other)), student, other)
+    if student and forward:
+        claims.add("on-policy training improves 1 and 2 calls by 15 % and costs no other more than 10 %",
+                   all(a <= (0.85 if n <= 2 else 1.1) * b for n, a, b in zip(NFE, student, forward)),
+                   student, forward)
+    if student and consistency:
+        ours, theirs = scores["anyflow"], scores["consistency"]
+        a, b = (of["path_error"][at[8]] for of in (ours, theirs))
+        claims.add("AnyFlow follows the ODE path at 8 calls: a tenth of consistency's distance to it",
+                   a <= b / 10, f"{a:.4f} / {b:.4f}")
+        a, b = (of["budget_drift"][at[4]] for of in (ours, theirs))
+        claims.add("AnyFlow shows at 4 calls what 64 will give: a fifth of consistency's drift", a <= b / 5,
+                   f"{a:.4f} / {b:.4f}")
+    return claims.rows
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------------------
-
-
-def positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
-    return int(text)
-
+# ---- Command line ----------------------------------------------------------------------------------------
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m toy.flow2d", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--density", choices=DENSITIES, default="checkerboard")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="teacher is always one")
-    parser.add_argument(
-        "--exact-teacher", action="store_true", help="distil the closed-form velocity, not the trained one"
-    )
-    parser.add_argument("--seeds", type=positive, default=1, help="how many seeds; results are medians over them")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument(
-        "--steps",
-        type=positive,
-        help="steps of a student (default 5000; --fast 1000); the teacher has twice, on-policy a fifth",
-    )
-    parser.add_argument("--batch", type=positive, default=512)
-    parser.add_argument("--out", type=Path, default=Path("out/flow2d"))
-    parser.add_argument("--fast", action="store_true", help="half a minute: fewer steps and samples")
+    add = parser.add_argument
+    add("--density", choices=DENSITIES, default="checkerboard")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="teacher is always one")
+    add("--exact-teacher", action="store_true", help="distil the closed-form velocity, not the trained one")
+    add("--seeds", type=positive, default=1, help="how many; results are medians over them (default 1)")
+    add("--seed", type=int, default=0, help="the first (default 0)")
+    add("--steps", type=positive, help="of a student (default 5000, --fast 1000); the teacher has twice")
+    add("--batch", type=positive, default=512, help="(default 512)")
+    add("--out", type=Path, default=Path("out/flow2d"))
+    add("--fast", action="store_true", help="half a minute: fewer steps and samples")
     args = parser.parse_args(argv)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -395,9 +353,7 @@ def parse(argv):
         parser.error(f"cannot write to --out {args.out}: {error.strerror}")
     return args
 
-
-def main(argv=None):
-    args = parse(argv)
+def run(args):
     start = time.perf_counter()
     density = DENSITIES[args.density]()
     steps, points = (args.steps or 1000, 10000) if args.fast else (args.steps or 5000, 50000)
@@ -421,22 +377,19 @@ def main(argv=None):
         results["floor"] = statistics.median(floors)
         results["claims"] = judge(results)
         results["seconds"] = time.perf_counter() - start
-        plots.write(args.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+        write_json(args.out / "results.json", results)
         plots.quality(results, args.out / "quality.png")
         if seed == args.seed:
             plots.sample_grid(ruler.data, samples, NFE, args.out / "samples.png")
             plots.trajectories(ruler.exact, states, NFE, args.out / "trajectories.png")
             plots.jumping(states, NFE, args.out / "jumping.gif")
     print(table(results))
-    for claim in results["claims"]:
-        print(f"[{'holds' if claim['holds'] else 'DOES NOT HOLD'}] {claim['claim']}\n    {claim['figures']}")
+    plots.print_claims(results["claims"])
     print(f"figures and results.json in {args.out}; {time.perf_counter() - start:.0f} s")
 
+def main(argv=None):
+    args = parse(argv)
+    command("toy.flow2d", lambda: run(args), "what the finished seeds gave is in place")
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; figures and results of the seeds that had finished are in place")
-    except FloatingPointError as error:
-        sys.exit(f"stopped: {error}")
+    main()

@@ -1,0 +1,107 @@
+"""What a run keeps: checkpoints to go on from exactly, and in the end a folder of averaged weights."""
+
+import os
+import shutil
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+import anyflow
+from full.files import read_json, write_json
+from full.lora import add_lora
+from full.options import reason
+from full.parallel import TRAINED, local, main_process, trained, wait_for_all, whole
+
+class Run:
+    """The state that a checkpoint holds: networks in training, their optimisers, the average, the step.
+
+    No random state or data position is kept: both are functions of seed and step, see `train.Clips`.
+    """
+
+    def __init__(self, nets, optimisers, folder, settings):
+        self.nets, self.optimisers, self.settings = nets, optimisers, settings
+        self.folder, self.step = folder / "checkpoints", 0
+        # AdamW makes its state at a weight's first gradient, but a checkpoint needs the state of all weights.
+        for optimiser in optimisers.values():
+            for p in optimiser.param_groups[0]["params"]:
+                state = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
+                optimiser.state[p] = state | {"exp_avg_sq": torch.zeros_like(p)}
+        self.trained = {name: trained(nets[name]) for name in TRAINED if name in nets}
+        self.average = {name: p.detach().clone() for name, p in self.trained["student"].items()}
+
+    def state(self):
+        """Tensors by name, as they are: a checkpoint is written from them and read into them."""
+        state = {"average": self.average}
+        for name, optimiser in self.optimisers.items():
+            state[name] = self.trained[name]
+            state[f"{name}_optimiser"] = {key: optimiser.state[p] for key, p in self.trained[name].items()}
+        return state
+
+    def save(self):
+        """Write beside, rename, then drop all but the newest two."""
+        name = f"step-{self.step:07d}"
+        part = self.folder / f".{name}.part"
+        try:
+            if main_process():
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+            wait_for_all()
+            dcp.save(self.state(), checkpoint_id=part, no_dist=not dist.is_initialized())
+            if main_process():
+                write_json(part / "settings.json", self.settings)
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                os.replace(part, self.folder / name)
+                for old in self.all()[:-2]:
+                    shutil.rmtree(old)
+        except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"cannot save {self.folder / name}: {reason(error)}; {self.newest()}") from None
+        wait_for_all()
+
+    def resume(self):
+        """Load the newest checkpoint. ValueError where there is none, or it was made with other settings."""
+        if not self.all():
+            raise ValueError(f"--resume found no checkpoint in {self.folder}")
+        newest = self.all()[-1]
+        made = read_json(newest / "settings.json")
+        if not isinstance(made, dict):
+            raise ValueError(f"{newest / 'settings.json'} holds {type(made).__name__}, expected an object")
+        changed = [f"{key} {made.get(key)!r} -> {self.settings.get(key)!r}"
+                   for key in sorted(made | self.settings) if made.get(key) != self.settings.get(key)]
+        if changed:
+            raise ValueError(f"{newest} was made with other settings: {', '.join(changed)}")
+        try:
+            dcp.load(self.state(), checkpoint_id=newest, no_dist=not dist.is_initialized())
+        except (Exception, CheckpointException) as error:
+            raise ValueError(f"cannot read checkpoint {newest}: {reason(error)}") from None
+        self.step = int(newest.name.removeprefix("step-"))
+
+    def all(self):
+        return sorted(self.folder.glob("step-" + 7 * "[0-9]"))
+
+    def newest(self):
+        kept = self.all()
+        return f"the last whole checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
+
+    def update_average(self, recipe):
+        parts = ([local(p) for p in params.values()] for params in (self.average, self.trained["student"]))
+        anyflow.update_average(*parts, self.step - recipe.ema_start, recipe.ema)
+
+    @torch.no_grad()
+    def export(self, folder, start, recipe):
+        """The averaged weights as a folder that diffusers opens. start(): the network before training."""
+        average = {}
+        for name, p in self.average.items():  # one by one, off the GPU, which may not hold them all
+            p = whole(p)
+            if main_process():
+                average[name] = p.cpu()
+        if main_process():
+            student = start().float()
+            if recipe.lora:
+                add_lora(student, recipe.lora, recipe.lora)
+            student.load_state_dict(average, strict=not recipe.lora)
+            student.save_pretrained(folder)
+            write_json(folder / "anyflow.json", self.settings)
+        wait_for_all()

@@ -1,0 +1,70 @@
+"""Clips at full scale: what a preset's clips are, and folders of shards of them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from full.files import read_tensors
+from model import PRESETS
+
+CAUSAL_TINY = dict(compressed_patch_size=(1, 12, 12), chunk_partition=(1, 2, 2, 2, 2))  # a frame in one patch
+NAMES = [*PRESETS, *(f"{name}-causal" for name in PRESETS)]
+
+def preset(name):
+    """WanConfig, causal if the name says so, and the shape (F, C, H, W) of a clip's latents."""
+    size, causal = name.removesuffix("-causal"), name.endswith("-causal")
+    config = replace(PRESETS[size], kind="causal" if causal else "anyflow")
+    if size == "tiny":
+        config = replace(config, **CAUSAL_TINY)
+    frames, height, width = (9, 12, 12) if size == "tiny" else (21, 60, 104)
+    return config, (frames, config.in_channels, height, width)
+
+class Shards:
+    """A folder of safetensors files, each with `latents` (n, F, C, H, W) and `text` (n, L, text_dim) of n
+    clips, and `null.safetensors` with the null prompt, `text` (1, L, text_dim). A clip is read when asked
+    for."""
+
+    def __init__(self, folder, shape, text_dim, skip_bad=False):
+        folder, text = Path(folder), None
+        if not folder.is_dir():
+            raise ValueError(f"no data folder {folder}")
+        self.clips, self.shuffled, bad = [], None, []
+        for path in sorted(folder.glob("*.safetensors")):
+            if path.name == "null.safetensors" or path.name[0] == ".":
+                continue
+            try:
+                file = safe_open(path, "pt")
+                sizes = [tuple(file.get_slice(key).get_shape()) for key in ("latents", "text")]
+                text = text or (*sizes[1][1:2], text_dim)
+                if sizes[0][1:] != shape or sizes[1] != (sizes[0][0], *text):
+                    wanted = f"(n, {', '.join(map(str, shape))}) and (n, {', '.join(map(str, text))})"
+                    raise ValueError(f"latents {sizes[0]} and text {sizes[1]}, expected {wanted}")
+                self.clips += [(file, i) for i in range(sizes[0][0])]
+            except (SafetensorError, ValueError, OSError) as error:
+                bad.append(f"{path}: {error}")
+        if bad and not skip_bad:
+            raise ValueError(f"{len(bad)} bad shard(s), first {bad[0]}; --skip-bad-shards uses the others")
+        if not self.clips:
+            raise ValueError(f"no clips in {folder}, expected safetensors files with latents and text")
+        self.null = read_tensors(folder / "null.safetensors", "text")["text"].float()
+        if self.null.shape != (1, *text):
+            found = f"{folder / 'null.safetensors'} has text {tuple(self.null.shape)}"
+            raise ValueError(f"{found}, expected {(1, *text)} as in the shards")
+
+    def __len__(self):
+        return len(self.clips)
+
+    def batch(self, positions, seed):
+        """Clips by their place in an endless row of epochs, each shuffled by its own seed."""
+        picked = []
+        for position in positions:
+            epoch, i = divmod(position, len(self.clips))
+            if (seed, epoch) != self.shuffled:
+                self.shuffled = seed, epoch
+                self.order = np.random.default_rng(self.shuffled).permutation(len(self.clips))
+            picked.append(self.clips[self.order[i]])
+        return tuple(torch.stack([file.get_slice(key)[i] for file, i in picked]).float()
+                     for key in ("latents", "text"))

@@ -1,0 +1,100 @@
+"""Files that are never half-written, and those of a model folder: weights, JSON, and their origin."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from full.options import check, option
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+STAGES = ("teacher", "flowmap", "onpolicy", "consistency")
+
+def write(path, save):
+    """save(temporary path), then rename: nobody finds half a file, and an old one stays if this one fails."""
+    path = Path(path)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        save(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+def write_json(path, value):
+    write(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
+
+def read_json(path):
+    if not path.exists():
+        raise ValueError(f"no file {path}")
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+
+def read_lines(path):
+    """The objects of a file with one in each line, as JSON."""
+    try:
+        return [dict(json.loads(line)) for line in path.read_text().splitlines()]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} has a line that is no JSON object: {error}") from None
+
+def read_tensors(path, *names):
+    """The tensors of a safetensors file; ValueError names the file and what of `names` it lacks."""
+    if not Path(path).is_file():
+        raise ValueError(f"no file {path}")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from None
+    for name in names:
+        if name not in tensors:
+            raise ValueError(f"{path} has {', '.join(tensors) or 'nothing'}, expected a tensor {name!r}")
+    return tensors
+
+def read_weights(folder):
+    """{name: tensor} of a folder's safetensors, one file or the shards that its index lists."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.exists():
+        return read_tensors(folder / WEIGHTS)
+    listed = read_json(index)
+    if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
+        raise ValueError(f"{index} has no weight_map")
+    state = {}
+    for name in sorted(set(map(str, listed["weight_map"].values()))):
+        if not (folder / name).exists():
+            raise ValueError(f"no file {folder / name}, which {index.name} lists")
+        state |= read_tensors(folder / name)
+    return state
+
+def take_weights(model, state, where):
+    """Make a state dict the model's weights. ValueError for names and shapes that are not the model's."""
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    lacking, unknown = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    for problem, names in (("lacks", lacking), ("has unknown", unknown)):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ValueError(f"{where} {problem} {some} for a {model.config.kind} model")
+    for name, shape in wanted.items():
+        if state[name].shape != shape:
+            raise ValueError(f"{where}: {name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}")
+    model.load_state_dict(state, assign=True)
+
+@dataclass(frozen=True)
+class Provenance:
+    """Of anyflow.json, which `train.py` leaves beside weights, what decides how the model is used."""
+
+    stage: str = option(None, choices=STAGES)
+    preset: str = option(None)
+    data: str = option(None)
+    rollout: str = option(None, choices=("flowmap", "consistency"))
+    shift: float = option(None, above=0)
+    shape: tuple = option(None, low=1, length=4)  # of a clip, (F, C, H, W)
+
+def provenance(folder):
+    """All of a folder's anyflow.json, as a dict; empty for a published folder."""
+    path = Path(folder) / "anyflow.json"
+    made = read_json(path) if path.exists() else {}
+    return made | check(Provenance, made, path)

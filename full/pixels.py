@@ -1,0 +1,296 @@
+"""Prompts and pixels: the VAE and text encoder of a published folder, and image, video and prompt files.
+
+diffusers, transformers and imageio do the work, imported where they are used, named where they are missing.
+"""
+
+import hashlib
+import html
+import importlib
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from safetensors.torch import save_file
+
+from full.files import read_json, write
+from full.options import check, option, reason
+
+FPS = 16  # of Wan
+FORMATS = (".mp4", ".gif", ".png", ".safetensors")
+INSTALL = "pip install diffusers==0.42.1 transformers accelerate ftfy imageio imageio-ffmpeg"
+
+def optional(module, purpose):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{purpose} needs {module} ({error}): {INSTALL}") from None
+
+
+# ---- A published folder's VAE and text encoder -----------------------------------------------------------
+
+def part_of(folder, name):
+    """The subfolder of a published folder; ValueError where it is missing."""
+    if not (Path(folder) / name).is_dir():
+        raise ValueError(f"{folder} has no {name}, which a published folder has (sample.py looks in --parts)")
+    return Path(folder) / name
+
+def loaded(kind, folder, **options):
+    """kind.from_pretrained(folder), or ValueError: whatever is wrong, and where weights are missing."""
+    try:
+        made = kind.from_pretrained(folder, **options)
+    except Exception as error:  # diffusers and transformers raise many
+        raise ValueError(f"{folder} cannot be loaded: {reason(error)}") from None
+    made, report = made if isinstance(made, tuple) else (made, {})
+    if report.get("missing_keys"):
+        raise ValueError(f"{folder} lacks {', '.join(sorted(report['missing_keys'])[:3])}")
+    return made
+
+def finite(x, name):
+    """x, or ValueError where it holds NaN or infinity, as damaged weights make them."""
+    if not x.isfinite().all():
+        raise ValueError(f"{(~x.isfinite()).sum()} of {x.numel()} {name} are not finite")
+    return x
+
+@dataclass(frozen=True)
+class Scheduler:
+    """Of scheduler_config.json: its two names for the shift of sampling times."""
+
+    shift: float = option(None, above=0)
+    flow_shift: float = option(None, above=0)
+
+class Published:
+    """A published folder: prompts to embeddings, pixels to latents, latents to pixels."""
+
+    fps, stride = FPS, (4, 8)  # pixels that a latent stands for, in time and along an edge
+
+    def __init__(self, folder, device):
+        self.folder, self.device, self.embeddings, self.vae = folder, device, {}, None
+
+    def shift(self):
+        """Of the sampling times."""
+        path = Path(self.folder) / "scheduler" / "scheduler_config.json"
+        known = check(Scheduler, read_json(path), path) if path.exists() else {}
+        return known.get("shift") or known.get("flow_shift") or 5.0
+
+    def read_prompts(self, prompts, dtype):
+        """Embed all prompts, then let the text encoder go (11 GB): `text` knows them."""
+        encode = TextEncoder(self.folder, self.device, dtype)
+        self.embeddings = dict(zip(prompts, encode(prompts).split(1)))
+
+    def text(self, prompt):
+        """(1, 512, text_dim)."""
+        return self.embeddings[prompt]
+
+    def open_vae(self, channels):
+        self.vae = VAE(self.folder, self.device)
+        self.stride = self.vae.stride
+        if len(self.vae.mean) != channels:
+            found = f"{self.folder}/vae makes {len(self.vae.mean)} channels"
+            raise ValueError(f"{found}, expected {channels} for the network")
+
+    def latents(self, video):
+        return self.vae.encode(video[None])
+
+    def pixels(self, latents):
+        """uint8 (F, H, W, 3), the clips of a batch side by side."""
+        video = torch.cat(list(self.vae.decode(latents)), -1).cpu()
+        return (255 * video).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+def clean_prompt(prompt):
+    """As the published pipelines do: mend encodings (if ftfy is installed), unescape HTML, single spaces."""
+    if importlib.util.find_spec("ftfy"):
+        prompt = importlib.import_module("ftfy").fix_text(prompt)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+class TextEncoder:
+    """Prompts -> embeddings (n, 512, text_dim), zero behind a prompt's end: the folder's tokenizer and
+    UMT5."""
+
+    def __init__(self, folder, device="cpu", dtype=torch.float32):
+        folders = part_of(folder, "tokenizer"), part_of(folder, "text_encoder")
+        transformers = optional("transformers", "a prompt")
+        transformers.utils.logging.disable_progress_bar()
+        self.tokenizer = loaded(transformers.AutoTokenizer, folders[0])
+        model = loaded(transformers.UMT5EncoderModel, folders[1], dtype=dtype, output_loading_info=True)
+        self.model = model.to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, prompts, length=512):
+        texts, layout = [], dict(padding="max_length", truncation=True, return_tensors="pt")
+        for prompt in prompts:  # one by one, so that a prompt's embedding does not depend on its company
+            tokens = self.tokenizer(clean_prompt(prompt), max_length=length, **layout).to(self.model.device)
+            states = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state
+            states = states.masked_fill(tokens.attention_mask[..., None] == 0, 0)
+            texts.append(finite(states, "embeddings").cpu())
+        return torch.cat(texts)
+
+class VAE:
+    """Wan's: pixels (B, F, 3, H, W) in [0, 1] <-> latents (B, f, C, h, w), normalised per channel. The first
+    latent frame stands for one frame, every other for `stride[0]`; a latent covers stride[1]^2 pixels."""
+
+    def __init__(self, folder, device="cpu"):
+        folder = part_of(folder, "vae")
+        diffusers = optional("diffusers", "a video in pixels")
+        options = dict(torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True)
+        model = loaded(diffusers.AutoencoderKLWan, folder, **options)
+        self.model, self.device = model.to(device).eval(), device
+        config = self.model.config
+        wide = lambda values: torch.tensor(values, device=device).view(-1, 1, 1, 1)
+        self.mean, self.std = wide(config.latents_mean), wide(config.latents_std)
+        self.stride = config.scale_factor_temporal, config.scale_factor_spatial
+
+    @torch.no_grad()
+    def encode(self, video):
+        moments = self.model.encode(2 * video.transpose(1, 2).to(self.device) - 1).latent_dist
+        return finite((moments.mode() - self.mean) / self.std, "latents").transpose(1, 2)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        latents = latents.float().to(self.device).transpose(1, 2) * self.std + self.mean
+        return finite(self.model.decode(latents).sample / 2 + 0.5, "pixels").clamp(0, 1).transpose(1, 2)
+
+
+# ---- Files -----------------------------------------------------------------------------------------------
+
+def crop_and_resize(frame, height, width):
+    """An image (h, w, 3) of 0 to 255 -> (3, height, width) in [0, 1], its middle where the aspect differs;
+    and what was used of it, or None for all."""
+    h, w = frame.shape[:2]
+    scale = min(h / height, w / width)
+    used = min(h, round(height * scale)), min(w, round(width * scale))
+    top, left = (h - used[0]) // 2, (w - used[1]) // 2
+    x = torch.from_numpy(frame[top : top + used[0], left : left + used[1]].copy())
+    x = x.permute(2, 0, 1)[None] / 255
+    if used != (height, width):
+        x = F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return x[0], None if used == (h, w) else f"{used[1]} x {used[0]} of {w} x {h}"
+
+def read_image(path, height, width):
+    """(1, 3, height, width) in [0, 1], and what was used of it. ValueError for what is no image."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"{path} has numbers of mode {image.mode}, expected 8 bits for each colour")
+            rgb = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no image that can be read: {reason(error)}") from None
+    frame, used = crop_and_resize(rgb, height, width)
+    return frame[None], used
+
+def read_video(path, frames, height, width, fps=FPS):
+    """The first frames at `fps`, (frames, 3, height, width) in [0, 1], and what was used of each.
+
+    ValueError for what is no video, or too short."""
+    if not Path(path).is_file():
+        raise ValueError(f"no file {path}")
+    imageio = optional("imageio.v3", "a video file")
+    optional("imageio_ffmpeg", "a video file")
+    read, used = [], None
+    try:
+        own = imageio.immeta(path, plugin="FFMPEG", extension=".mp4")["fps"]
+        wanted = [int(i * own / fps + 0.5) for i in range(frames)]  # some twice, if the file's rate is lower
+        for i, frame in enumerate(imageio.imiter(path, plugin="FFMPEG", extension=".mp4")):
+            if i in wanted[len(read) :]:
+                picture, used = crop_and_resize(frame, height, width)
+                read += [picture] * wanted.count(i)
+            if len(read) == frames:
+                break
+    except (OSError, RuntimeError, KeyError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is no video that ffmpeg can read: {reason(error)}") from None
+    if len(read) < frames:
+        raise ValueError(f"{path} has {len(read)} frames at {fps} frames a second, expected {frames}")
+    return torch.stack(read), used
+
+def check_writer():
+    """ValueError where no MP4 can be written."""
+    optional("imageio.v3", "an MP4 file")
+    try:
+        optional("imageio_ffmpeg", "an MP4 file").get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise ValueError(f"an MP4 file needs ffmpeg: {reason(error)}; --out FILE.gif does without") from None
+
+def write_mp4(pixels, path, fps):
+    import imageio.v3 as imageio
+    import imageio_ffmpeg
+
+    imageio.imwrite(path, pixels, plugin="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=2)
+    try:  # imageio does not ask whether ffmpeg could
+        whole = imageio_ffmpeg.count_frames_and_secs(str(path))[0] == len(pixels)
+    except RuntimeError:
+        whole = False
+    if not whole:
+        raise OSError(f"ffmpeg could not write {path}: is there space left?")
+
+def write_gif(frames, path, fps=4):
+    """uint8 (F, H, W, 3) as an endless GIF."""
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    first.save(path, save_all=True, append_images=others, duration=1000 // fps, loop=0)
+
+def write_contact_sheet(frames, path, most=9):
+    """PNG: up to `most` of the frames uint8 (F, H, W, 3), evenly spread, in a row."""
+    from matplotlib import pyplot
+
+    picked = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
+    width = 1.1 * frames.shape[2] / frames.shape[1]
+    figure, axes = pyplot.subplots(1, len(picked), figsize=(width * len(picked), 1.25), squeeze=False)
+    for axis, f in zip(axes[0], picked):
+        axis.imshow(frames[f], interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        axis.set_title(f"frame {f + 1}", fontsize=8)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+def save(stem, formats, latents, pixels, fps):
+    """Files stem + ending, written beside, then renamed: latents (B, F, C, H, W), pixels uint8 (F, H, W,
+    3)."""
+    savers = {
+        ".safetensors": lambda part: save_file({"latents": latents.contiguous()}, part),
+        ".gif": lambda part: write_gif(pixels, part, fps),
+        ".png": lambda part: write_contact_sheet(pixels, part),
+        ".mp4": lambda part: write_mp4(pixels, part, fps),
+    }
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for ending in formats:
+        write(f"{stem}{ending}", savers[ending])
+    return ", ".join(f"{stem}{ending}" for ending in formats)
+
+def clips_of(args, formats):
+    """[(prompt, seed, stem)] to make: one clip at --out, or several in that folder, named as by VBench."""
+    one = args.ending in FORMATS
+    stem = args.out.with_suffix("") if one else args.out
+    if args.text:
+        return [(None, args.seed, stem)]
+    prompts = args.prompt
+    if args.prompts:
+        try:
+            lines = Path(args.prompts).read_text("utf-8-sig").splitlines()
+            prompts = [line.strip() for line in lines if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts {args.prompts} cannot be read: {error}") from None
+    if not prompts:
+        raise ValueError(f"--prompts {args.prompts} has no prompt, expected one in each line")
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("--prompt is empty, expected some words")
+    if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
+        raise ValueError("--prompt is no UTF-8")
+    if len(prompts) == 1 and not args.prompts and args.per_prompt is None:
+        return [(prompts[0], args.seed, stem)]
+    if one or args.out.is_file():
+        raise ValueError(f"--out {args.out} is a file, expected a folder for several clips")
+    clips = []
+    for prompt in dict.fromkeys(prompts):
+        name = prompt.replace("/", "_").encode()[:200].decode(errors="ignore")  # a file's name has 255 bytes
+        if name != prompt:  # and another prompt may look like it
+            name += "-" + hashlib.sha1(prompt.encode()).hexdigest()[:8]
+        clips += [(prompt, args.seed + i, args.out / f"{name}-{i}") for i in range(args.per_prompt or 1)]
+    missing = [clip for clip in clips if not all(Path(f"{clip[2]}{ending}").exists() for ending in formats)]
+    if len(missing) < len(clips):
+        print(f"{len(clips) - len(missing)} of {len(clips)} are there already, made with whatever settings")
+    return missing
