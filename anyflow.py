@@ -176,12 +176,14 @@ def _squared_error(a, b):
     return (a - b).to(torch.promote_types(a.dtype, torch.float32)).square()
 
 @torch.no_grad()
-def update_average(average, weights, updates, decay):
+def update_average(average, weights, updates, decay, ramp=True):
     """Move the average of a run's weights (lists of tensors), which is what is sampled, in place.
 
-    It forgets by `decay` an update, faster while it is young, and keeps nothing while `updates` is below 0.
+    It forgets by `decay` an update and keeps nothing while `updates` is below 0. ramp: it forgets faster
+    while it is young, for short runs; the release's average does not.
     """
-    decay = min(decay, (updates + 1) / (updates + 10)) if updates >= 0 else 0.0
+    young = (updates + 1) / (updates + 10) if ramp else 1.0
+    decay = min(decay, young) if updates >= 0 else 0.0
     torch._foreach_lerp_(average, weights, 1 - decay)
 
 
@@ -230,25 +232,34 @@ def central_difference(model, z, v, t, r, eps=0.005, **cond):
     plus, minus = model(both, torch.cat([later, earlier]), torch.cat([r, r]), **twice).chunk(2)
     return (plus - minus) / _expand(later - earlier, z)
 
+GUIDANCE_FORMS = ("published", "consistent")
+
 def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=None, data_anchors=False,
-                  guidance=1.0, null=None, weight=None, balance=True, eps=0.005, parts=False, **cond):
+                  guidance=1.0, guidance_form="published", null=None, weight=None, balance=True,
+                  anchor_sums=None, eps=0.005, parts=False, **cond):
     """Regression of u(z_t, t, r) on the right side of eq. (3) over data x (B, ...). Scalar with gradient.
 
     teacher: a network whose velocity the target has, with less variance than the data's eps - x.
     data_anchors: the teacher is asked for the jumps only, and anchors keep the data's velocity.
 
-    guidance g fuses guidance into the student, which is then sampled without, at half the cost: v becomes the
-    GUIDED velocity v_null + g (v_cond - v_null). From data that is g (eps - x) + (1 - g) u(z_t, t, t; null),
-    since v_cond is the mean of eps - x, and the student's own null branch is trained by the dropped prompts.
+    guidance g fuses guidance into the student, which is then sampled without, at half the cost. Its velocity
+    is g v + (1 - g) v_null, with the student's own v_null, which the dropped prompts train. Of two forms,
+        "published"   u = g v + (1 - g) u(z_t, t, r; null) - (t - r) du/dt,   du/dt along v,
+        "consistent"  u = w - (t - r) du/dt, w = g v + (1 - g) u(z_t, t, t; null), du/dt along w,
+    equal at r = t, only the second is eq. (3) of the guided ODE, and has its flow map as fixed point. The
+    first mixes it with the flow map of the null prompt: `python tests/guidance.py` shows by how much they
+    miss. Any teacher guides the second form by its own null branch.
 
     t, r, noise: drawn by `time_pairs` and from the normal if not given. weight: a function of t (B,), if not
-    given `time_weight`. balance: see `_balance`. parts=True: returns the loss, each sample's squared error /
-    g^2 (B,) before weight and balance, and which samples are jumps, bool (B,).
+    given `time_weight`. balance, anchor_sums: see `_balance`. parts=True: returns the loss, each sample's
+    squared error / g^2 (B,) before weight and balance, and which samples are jumps, bool (B,).
     """
     if (t is None) != (r is None):
         raise ValueError(f"found only {'t' if r is None else 'r'}, expected both t and r or neither")
     if not guidance > 0:
         raise ValueError(f"guidance is {guidance}, expected a number above 0")
+    if guidance_form not in GUIDANCE_FORMS:
+        raise ValueError(f"guidance_form is {guidance_form!r}, expected one of {', '.join(GUIDANCE_FORMS)}")
     t, r = time_pairs(len(x), shift, device=x.device) if t is None else (t, r)
     noise = torch.randn_like(x) if noise is None else noise
     t, r = _falling(x, t, r)
@@ -257,18 +268,26 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
 
     with torch.no_grad():
         v = noise - x
-        if guidance != 1 and (teacher is None or data_anchors):
-            v = guidance * v + (1 - guidance) * model(z, t, t, **(cond | _given(null, guidance)))
-        if teacher is not None:
-            smooth = guided(teacher, z, t, t, guidance, null, **cond)
-            v = torch.where(_expand(jumps, z), smooth, v) if data_anchors else smooth
-        du = _derivative_of_jumps(model, z, v, t, r, jumps, eps, **cond)
+        of_teacher = _expand(jumps, z) | (not data_anchors)
+        if guidance_form == "published" or guidance == 1:
+            if teacher is not None:
+                v = torch.where(of_teacher, teacher(z, t, t, **cond), v)
+            along = v
+            if guidance != 1:
+                v = guidance * v + (1 - guidance) * model(z, t, r, **(cond | _given(null, guidance)))
+        else:
+            if teacher is None or data_anchors:
+                v = guidance * v + (1 - guidance) * model(z, t, t, **(cond | _given(null, guidance)))
+            if teacher is not None:
+                v = torch.where(of_teacher, guided(teacher, z, t, t, guidance, null, **cond), v)
+            along = v
+        du = _derivative_of_jumps(model, z, along, t, r, jumps, eps, **cond)
         target = v - (_expand(t - r, z) * du).to(v.dtype)
 
     error = _squared_error(u, target) / guidance**2  # which keeps the scale of the unguided error
     w = time_weight(t, shift) if weight is None else weight(t)
     loss = (_expand(w, x) * error).flatten(1).mean(1)  # (B,)
-    loss = (_balance(loss, jumps) if balance else loss).mean()
+    loss = (_balance(loss, jumps, anchor_sums) if balance else loss).mean()
     return (loss, error.detach().flatten(1).mean(1), jumps) if parts else loss
 
 def _derivative_of_jumps(model, z, v, t, r, jumps, eps, **cond):
@@ -289,7 +308,7 @@ def _each_tensor(cond, function):
         return type(cond)(_each_tensor(value, function) for value in cond)
     return function(cond) if torch.is_tensor(cond) else cond
 
-def _balance(loss, jumps, tiny=1e-5):
+def _balance(loss, jumps, sums=None, tiny=1e-5):
     """Losses (B,), each jump's rescaled to the mean of the anchors': l * mean / l, the factor a constant.
 
     Jumps have errors of another size than velocities, and this keeps both in view. With one time a sample, it
@@ -297,10 +316,13 @@ def _balance(loss, jumps, tiny=1e-5):
     mean anchor, so jumps that are a hundred times worse leave it as it was; `parts` shows them. It wants
     samples of many numbers (over the two coordinates of a point, 1/l is noise), and anchors from data, whose
     variance keeps the mean above zero: a student that starts as its teacher has no error against it.
-    The mean is over all processes; without an anchor, nothing is rescaled.
+    The mean is over all processes, and, with `sums`, over the micro-batches of a step: a tensor (2,), zero at
+    the start of a step, which gathers their anchors' losses and number. It is exact if anchors come first.
+    Without an anchor, nothing is rescaled.
     """
     anchors = (~jumps).to(loss.dtype)
-    total, count = sum_over_processes(torch.stack([(anchors * loss.detach()).sum(), anchors.sum()]))
+    total = sum_over_processes(torch.stack([(anchors * loss.detach()).sum(), anchors.sum()]))
+    total, count = total if sums is None else sums.add_(total)
     if count == 0:
         return loss
     return torch.where(jumps, loss * total / count / (loss.detach() + tiny), loss)
@@ -369,7 +391,8 @@ def fake_score_loss(fake, x_hat, *, repeats=1, shift=1.0, **cond):
     x_hat, cond = _each_tensor([x_hat.detach(), cond], lambda c: c.repeat_interleave(repeats, 0))
     return flow_matching_loss(fake, x_hat, shift=shift, **cond)
 
-def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, dmd_weight=1.0, fake_steps=1):
+def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, fresh=None, dmd_weight=1.0,
+                   fake_steps=1):
     """One step of stage 2, whole. The student learns, the judge is frozen, the fake score follows.
 
         noise --student, eq. (4)--> x_hat --+--> z_t --+--> judge --> x0_judge --+
@@ -379,10 +402,12 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
 
     First the student, then the fake score. The student is judged by a fake score that knows the samples of
     the step before, which differ by one small update. The fake score then learns the very samples that were
-    judged: one rollout, the dearest part, serves both. If the fake score lags, the student follows its error:
-    then more fake_steps, or a slower student, helps. Stage 1's loss keeps the jumps that no rollout visits.
+    judged, so that one rollout serves both; or, as published, FRESH ones, which the updated student makes in
+    a second rollout without gradient. If the fake score lags, the student follows its error: then more
+    fake_steps, or a slower student, helps. Stage 1's loss keeps the jumps that no rollout visits.
 
     batches                what each backward pass takes: a batch, or its micro-batches one by one
+    fresh(i)               such batches for the i-th update of the fake score; None: those of `batches` again
     stage_1(batch)         the loss of stage 1, a scalar with gradient
     rollout(batch)         x_hat with gradient, and of_dmd: a dict of `dmd_loss`'s options
                            of_fake(i): a dict of `fake_score_loss`'s options in the i-th update
@@ -395,11 +420,12 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
         backward("loss", stage_1(batch))
         x_hat, of_dmd, of_fake, cond = rollout(batch)
         backward("dmd", dmd_weight * dmd_loss(x_hat, judge, fake, **of_dmd, **cond))
-        judged.append((x_hat.detach(), of_fake, cond))
+        if fresh is None:
+            judged.append((x_hat.detach(), None, of_fake, cond))
     update("student")
 
     for i in range(fake_steps):
-        for x_hat, of_fake, cond in judged:
+        for x_hat, _, of_fake, cond in map(torch.no_grad()(rollout), fresh(i)) if fresh else judged:
             backward("fake", fake_score_loss(fake, x_hat, **of_fake(i), **cond))
         update("fake")
 

@@ -18,7 +18,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,10 +30,10 @@ from tqdm import tqdm
 import anyflow
 from full.checkpoint import Run
 from full.data import NAMES, Shards, preset
-from full.files import STAGES, provenance, read_lines, write
+from full.files import STAGES, read_lines, write
+from full.folders import base_of, find, from_folders
 from full.options import add_options, check, command, option, positive
 from full.parallel import TRAINED, assemble, main_process, place, start_processes, trained, whole
-from model import Wan
 from toy import plots
 from toy.world import WORLDS
 
@@ -57,11 +57,13 @@ class Recipe:
     clip: float = option(1.0, "norm that a gradient is clipped to", above=0)
     ema: float = option(0.999, "decay of the average of the weights", **SHARE)
     ema_start: int = option(1000, "steps before which the average is the weights themselves", low=0)
+    ema_ramp: bool = option(False, "forget faster while the average is young, for short runs")
     shift: float = option(5.0, "of all times, towards noise", above=0)
     drop: float = option(0.1, "share of prompts replaced by the null prompt", **SHARE)
     own_times: float = option(0.0, "bidirectional teacher: share of clips with times for each frame", **SHARE)
     # stage 1
     guidance: float = option(3.0, "fused into the student", above=0)
+    guidance_form: str = option("published", "consistent: of the guided ODE", choices=anyflow.GUIDANCE_FORMS)
     target: str = option("data", "whose velocity the target has", choices=("data", "teacher"))
     data_anchors: bool = option(True, "with target teacher: where r = t, still the data's velocity")
     weight: str = option("paper", "of t; inverse: 1 / (t + 0.05)", choices=("paper", "inverse"))
@@ -77,10 +79,13 @@ class Recipe:
     dmd_guidance: float = option(4.0, "of the judge: the release's x0_cond + 3 (x0_cond - x0_null)", low=0)
     fake_lr: float = option(2e-6, "learning rate of the fake score", above=0)
     fake_steps: int = option(1, "updates of the fake score for one of the student", low=1)
+    fake_samples: str = option("reused", "what it learns: samples as judged, or of the updated student",
+                               choices=("reused", "fresh"))
     # baseline
     teacher_steps: int = option(50, "midpoint steps of the teacher that divide [0, 1]", low=1)
     # machine
     lora: int = option(256, "rank, with alpha = rank; 0 trains all weights", low=0)
+    merge: bool = option(False, "earlier LoRAs go into the frozen weights, new ones are trained")
     share: bool = option(True, "with LoRA: teacher, student and fake score as adapters of one frozen network")
     dtype: str = option("bfloat16", "of the work, not of weights", choices=("float32", "bfloat16"))
     checkpointing: str = option("full", "what the backward pass recomputes; selective: all but attention",
@@ -88,11 +93,12 @@ class Recipe:
     compile: bool = option(True, "compile the blocks")
 
 WAN = {stage: {} for stage in STAGES}
-WAN["onpolicy"] = dict(steps=1200, lr=2e-6, beta1=0.0, beta2=0.999, warmup=0, ema=0.99, ema_start=200)
+WAN["onpolicy"] = dict(steps=1200, lr=2e-6, beta1=0.0, beta2=0.999, warmup=0, ema=0.99, ema_start=200,
+                       fake_samples="fresh")
 WAN_14B = {stage: dict(steps=4000, batch=16) | changes for stage, changes in WAN.items()}
 
-SMALL = dict(beta2=0.99, warmup=100, decay=0.3, ema=0.998, ema_start=0, guidance=1.0, target="teacher",
-             eps=0.02, lora=0, dtype="float32", checkpointing="none", compile=False)
+SMALL = dict(beta2=0.99, warmup=100, decay=0.3, ema=0.998, ema_start=0, ema_ramp=True, guidance=1.0,
+             target="teacher", eps=0.02, lora=0, dtype="float32", checkpointing="none", compile=False)
 TINY = {
     "teacher": SMALL | dict(steps=8000, lr=3e-3, own_times=0.5),
     "flowmap": SMALL | dict(steps=4000, lr=1e-3, batch=16),
@@ -105,9 +111,12 @@ RECIPES = {"tiny": TINY, "wan-1.3b": WAN, "wan-14b": WAN_14B}
 def recipe_of(name, stage, changes, processes=1):
     """The Recipe of a preset's stage with {option: value} changed. ValueError for what does not fit."""
     changes = {key: value for key, value in changes.items() if value is not None}
+    named = "guidance_form" in changes
     recipe = Recipe(**check(Recipe, RECIPES[name.removesuffix("-causal")][stage] | changes))
     if recipe.diffusion + recipe.endpoint > 1:
         raise ValueError(f"diffusion is {recipe.diffusion}, expected at most 1 - endpoint {recipe.endpoint}")
+    if named and recipe.guidance == 1:
+        raise ValueError(f"guidance_form is {recipe.guidance_form}, but guidance is 1, expected another")
     if recipe.batch % (processes * recipe.accumulate):
         shares = f"{processes} process(es) x {recipe.accumulate} micro-batch(es)"
         raise ValueError(f"batch is {recipe.batch}, expected a multiple of {shares}")
@@ -125,8 +134,9 @@ class Clips:
 
     Every process draws the numbers of the whole batch, from a generator that is seeded by the step and common
     to all, and takes its rows. So a run does not depend on where it was resumed, nor (but for a consistency
-    rollout) on how many processes share it. Rows lie a stride apart: each process gets its share of every
-    kind of time pair. torch's global generator is each process's own: draws from it make nobody wait.
+    rollout) on how many processes share it. Of a micro-batch a process takes rows a stride apart: its share
+    of every kind of time pair. torch's global generator is each process's own: draws from it make nobody
+    wait.
     """
 
     def __init__(self, data, recipe, config, shape, device, seed, place=(0, 1), chunks_a_step=None):
@@ -134,12 +144,14 @@ class Clips:
         self.seed, self.place, self.chunks_a_step = seed, place, chunks_a_step
         self.causal = config.kind == "causal"
 
-    def batch(self, step, part):
-        """The `part`-th micro-batch of a step."""
+    def batch(self, step, part, draw=0):
+        """The `part`-th micro-batch of a step; draw above 0: of fresh ones, for the fake score."""
         recipe, (rank, processes) = self.recipe, self.place
-        size, common = recipe.batch, generator(self.seed, step, 0)
-        torch.manual_seed(seed_of(self.seed, step, 1000 + part * processes + rank))
-        rows = torch.arange(size)[part * processes + rank :: processes * recipe.accumulate]
+        number = step * (1 + recipe.fake_steps * (recipe.fake_samples == "fresh")) + draw
+        size, common = recipe.batch, generator(self.seed, number, 0)
+        torch.manual_seed(seed_of(self.seed, number, 1000 + part * processes + rank))
+        # Anchors come first, in the first micro-batches, for `anyflow._balance`.
+        rows = torch.arange(size).chunk(recipe.accumulate)[part][rank::processes]
         here = lambda drawn: drawn[rows].to(self.device)
         uniform = lambda *shape: torch.rand(*shape, generator=common)
         normal = lambda *shape: torch.randn(*shape, generator=common)
@@ -151,7 +163,7 @@ class Clips:
         logit = torch.where(by_frame, 1.5 * normal(size, self.shape[0]), logit)
         t_teacher = anyflow.shift_time(here(logit).sigmoid(), recipe.shift)
         noise, dropped = here(normal(size, *self.shape)), here(uniform(size) < recipe.drop)
-        clip, text = (x.to(self.device) for x in self.data.batch((step * size + rows).tolist(), self.seed))
+        clip, text = (x.to(self.device) for x in self.data.batch((number * size + rows).tolist(), self.seed))
         null = self.data.null.to(self.device).expand_as(text)
 
         cond, frames = dict(text=torch.where(dropped[:, None, None], null, text)), slice(self.shape[0])
@@ -163,7 +175,7 @@ class Clips:
             x=clip[:, frames], noise=noise[:, frames], cond=cond, null=dict(text=null),  # to learn from
             t=t, r=r, t_consistency=t_consistency, t_teacher=t_teacher[:, frames],  # of x: (b,), or (b, F)
             clip=clip, clip_noise=noise, t_clip=t_teacher, text=text, frames=frames,  # all; no prompt dropped
-            step=step, common=common, here=here)  # for further numbers
+            number=number, common=common, here=here)  # for further numbers
 
     def draw_chunks(self, common):
         """How many: in half of the steps as many as the window holds, in the others any number from there."""
@@ -210,7 +222,7 @@ class Clips:
         x_hat = x_hat[:, frames]
 
         def of_fake(i):
-            common = generator(self.seed, batch.step, 1 + i)
+            common = generator(self.seed, batch.number, 1 + i)
             t = anyflow.shift_time(torch.randn(size, generator=common).sigmoid(), recipe.shift)
             noise = torch.randn(size, *x_hat.shape[1:], generator=common)
             return dict(t=batch.here(t), noise=batch.here(noise))
@@ -230,7 +242,7 @@ def generator(*numbers):
 def is_baseline(stage, recipe):
     return stage == "consistency" or (stage == "onpolicy" and recipe.rollout == "consistency")
 
-def loss_from_data(stage, recipe, student, teacher, batch, means):
+def loss_from_data(stage, recipe, student, teacher, batch, means, anchor_sums):
     """The loss that a stage takes from data: stage 2 that of stage 1, its baseline that of consistency."""
     if stage == "teacher":
         drawn = dict(t=batch.t_teacher, noise=batch.noise)
@@ -243,10 +255,19 @@ def loss_from_data(stage, recipe, student, teacher, batch, means):
                                         steps=recipe.teacher_steps, **common)
     loss, error, jumps = anyflow.flow_map_loss(
         student, batch.x, t=batch.t, r=batch.r, teacher=teacher, data_anchors=recipe.data_anchors,
-        balance=recipe.balance, eps=recipe.eps, parts=True, **common)
+        balance=recipe.balance, anchor_sums=anchor_sums, eps=recipe.eps, guidance_form=recipe.guidance_form,
+        parts=True, **common)
     means.add("anchors", error[~jumps])
     means.add("jumps", error[jumps])
     return loss
+
+def loss_of_whole_clip(stage, recipe, student, batch):
+    """Of a causal model: flow matching of a clip without chunks, with the guidance that it has in chunks."""
+    given = dict(t=batch.t_clip, noise=batch.clip_noise, text=batch.cond["text"])
+    if stage == "teacher":
+        return anyflow.flow_matching_loss(student, batch.clip, **given)
+    return anyflow.flow_map_loss(student, batch.clip, r=batch.t_clip, guidance=recipe.guidance,
+                                 null=batch.null, weight=torch.ones_like, balance=False, **given)
 
 def train(stage, recipe, run, clips):
     """Steps until recipe.steps; yields after each what the log holds."""
@@ -273,18 +294,19 @@ def train(stage, recipe, run, clips):
             run.optimisers[role].zero_grad()
             means.norms[role] = norm
 
-        from_data = lambda batch: loss_from_data(stage, recipe, student, teacher, batch, means)
-        batches = (clips.batch(step, part) for part in range(recipe.accumulate))
+        anchor_sums = torch.zeros(2, device=clips.device)
+        from_data = lambda batch: loss_from_data(stage, recipe, student, teacher, batch, means, anchor_sums)
+        batches = lambda draw=0: (clips.batch(step, part, draw) for part in range(recipe.accumulate))
         if stage == "onpolicy":
             rollout = lambda batch: clips.rollout(student, judge, batch)
-            anyflow.on_policy_step(batches, rollout, from_data, judge, fake, backward, update,
+            fresh = (lambda i: batches(1 + i)) if recipe.fake_samples == "fresh" else None
+            anyflow.on_policy_step(batches(), rollout, from_data, judge, fake, backward, update, fresh=fresh,
                                    dmd_weight=recipe.dmd, fake_steps=recipe.fake_steps)
         else:
-            for batch in batches:
+            for batch in batches():
                 backward("loss", from_data(batch))
                 if clips.has_whole_clips(step) and stage != "consistency":
-                    given = dict(t=batch.t_clip, noise=batch.clip_noise, text=batch.cond["text"])
-                    backward("whole", anyflow.flow_matching_loss(student, batch.clip, **given))
+                    backward("whole", loss_of_whole_clip(stage, recipe, student, batch))
             update("student")
 
         run.update_average(recipe)
@@ -325,58 +347,7 @@ def networks(stage, recipe, make):
     roles = ["student", *["teacher"] * follows, *["judge", "fake"] * (stage == "onpolicy")]
     return {role: make(role) for role in roles}
 
-# From which stages each stage may start.
-BEFORE = {"teacher": ("teacher",), "flowmap": ("teacher", "flowmap", "onpolicy"),
-          "onpolicy": ("flowmap", "onpolicy"), "consistency": ("teacher",)}
-
-def from_folders(stage, recipe, args, config):
-    """`make` of `networks`: each role from the folder that the command line names for it."""
-    causal = config.kind == "causal"
-
-    def make(role):
-        if role == "student":
-            return student()
-        option, folder = "--teacher", args.teacher or (args.init if stage != "onpolicy" else None)
-        if role != "teacher" and args.judge:
-            option, folder = "--judge", args.judge
-        net = load(folder, option, config, None, ("teacher",))
-        if (net.config.kind == "causal") != causal and (role == "teacher" or not causal):
-            kinds = f"is of kind {net.config.kind} for a student of kind {config.kind}"
-            wanted = "a causal teacher" if causal else "a bidirectional one"
-            raise ValueError(f"{option} {folder} {kinds}, expected {wanted}")
-        return net
-
-    def student():
-        if stage == "teacher" and not args.init:
-            if recipe.lora:
-                raise ValueError(f"lora is {recipe.lora}, expected 0 for random weights: --init is not given")
-            net = Wan(config if causal else replace(config, kind="teacher"))
-            torch.nn.init.zeros_(net.proj_out.weight)  # it starts as the zero function
-            torch.nn.init.zeros_(net.proj_out.bias)
-            return net
-        before = ("consistency",) if stage == "onpolicy" and is_baseline(stage, recipe) else BEFORE[stage]
-        # A bidirectional teacher keeps the kind of its folder; a causal one's becomes bidirectional.
-        kind = None if stage == "teacher" and not causal else config.kind
-        net = load(args.init, "--init", config, kind, before)
-        to_bidirectional = kind is None and net.config.kind == "causal"
-        return load(args.init, "--init", config, config.kind, before) if to_bidirectional else net
-
-    return make
-
-def load(folder, option, config, kind, stages):
-    """A model folder, checked to have the preset's architecture and to come from one of the stages."""
-    if folder is None:
-        raise ValueError(f"{option} is missing, expected a model folder of stage {' or '.join(stages)}")
-    keys = ("compressed_patch_size", "full_chunk_limit", "chunk_partition") if kind == "causal" else ()
-    model = Wan.from_pretrained(folder, kind, **{key: getattr(config, key) for key in keys})
-    for key, wanted in asdict(config).items():
-        found = getattr(model.config, key)
-        if found != wanted and key in model.config.to_dict() and key != "rope_max_seq_len":
-            raise ValueError(f"{option} {folder} has {key} {found}, expected {wanted} as the preset")
-    made = provenance(folder).get("stage")
-    if made not in (None, *stages):
-        raise ValueError(f"{option} {folder} was made by stage {made}, expected {' or '.join(stages)}")
-    return model
+FOLDERS = ("init", "teacher", "judge", "base")
 
 def parse(argv):
     known = argparse.ArgumentParser(add_help=False)  # the stage and preset whose defaults --help shows
@@ -394,6 +365,7 @@ def parse(argv):
     add("--init", help="model folder to start from")
     add("--teacher", help="model folder of the teacher (default: --init; onpolicy needs it)")
     add("--judge", help="onpolicy: model folder of the teacher that judges (default: --teacher)")
+    add("--base", help="folder of the weights that all are LoRAs of (default: what --init is a LoRA of)")
     add("--resume", action="store_true", help="go on from the newest checkpoint of --out")
     add("--save-every", type=positive, default=500, help="steps between checkpoints (default 500)")
     add("--skip-bad-shards", action="store_true", help="train on the others")
@@ -423,16 +395,18 @@ def run_stage(args):
         raise ValueError(f"seed is {args.seed}, expected at least 0")
     data = open_data(args, shape, config.text_dim)
     device = start_processes(args.device, recipe.dtype)
+    for key in FOLDERS:
+        setattr(args, key, str(find(getattr(args, key)).resolve()) if getattr(args, key) else None)
     torch.manual_seed(args.seed)  # for new weights, and those of LoRA
-    nets = networks(args.stage, recipe, from_folders(args.stage, recipe, args, config))
+    make = from_folders(args.stage, recipe, args, config, is_baseline(args.stage, recipe))
+    nets = networks(args.stage, recipe, make)
     assemble(nets, recipe, device)
     adam = dict(betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True)
     optimisers = {role: torch.optim.AdamW(trained(nets[role]).values(), **adam)
                   for role in TRAINED if role in nets}
-    settings = {key: getattr(args, key) for key in ("stage", "preset", "seed", "data")}
-    for key in ("init", "teacher", "judge"):
-        settings[key] = str(Path(getattr(args, key)).resolve()) if getattr(args, key) else ""
+    settings = {key: getattr(args, key) or "" for key in ("stage", "preset", "seed", "data", *FOLDERS)}
     settings |= {"clips": len(data) if isinstance(data, Shards) else None, "shape": shape, **asdict(recipe)}
+    settings["base"] = base_of(args, recipe) or ""
     settings = json.loads(json.dumps(settings))  # as a checkpoint gives them back
 
     run = Run(nets, optimisers, args.out, settings)
@@ -458,7 +432,7 @@ def run_stage(args):
                 lines.flush()
                 run.save()
     bar.close()
-    run.export(args.out, lambda: from_folders(args.stage, recipe, args, config)("student"), recipe)
+    run.export(args.out, lambda: make("student"), recipe)
     if main_process():
         plots.losses(read_lines(log), LOSSES, args.out / "losses.png")
         print(f"weights in {args.out}")

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import anyflow
 from full.files import read_json, write_json
-from full.lora import add_lora
+from full.lora import save_adapter
 from full.options import reason
 from full.parallel import TRAINED, local, main_process, trained, wait_for_all, whole
 
@@ -87,21 +87,22 @@ class Run:
 
     def update_average(self, recipe):
         parts = ([local(p) for p in params.values()] for params in (self.average, self.trained["student"]))
-        anyflow.update_average(*parts, self.step - recipe.ema_start, recipe.ema)
+        anyflow.update_average(*parts, self.step - recipe.ema_start, recipe.ema, recipe.ema_ramp)
 
     @torch.no_grad()
     def export(self, folder, start, recipe):
-        """The averaged weights as a folder that diffusers opens. start(): the network before training."""
+        """The averaged weights as a folder that diffusers opens, and beside them the LoRA. start(): the
+        network before training."""
         average = {}
         for name, p in self.average.items():  # one by one, off the GPU, which may not hold them all
             p = whole(p)
             if main_process():
                 average[name] = p.cpu()
+        student = start()  # on all: they may have to agree on a LoRA
         if main_process():
-            student = start().float()
-            if recipe.lora:
-                add_lora(student, recipe.lora, recipe.lora)
-            student.load_state_dict(average, strict=not recipe.lora)
+            student.float().load_state_dict(average, strict=not recipe.lora)
             student.save_pretrained(folder)
+            if recipe.lora:
+                save_adapter(student, folder)
             write_json(folder / "anyflow.json", self.settings)
         wait_for_all()

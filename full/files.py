@@ -90,6 +90,7 @@ class Provenance:
     preset: str = option(None)
     data: str = option(None)
     rollout: str = option(None, choices=("flowmap", "consistency"))
+    base: str = option(None)  # the folder that the weights are a LoRA of
     shift: float = option(None, above=0)
     shape: tuple = option(None, low=1, length=4)  # of a clip, (F, C, H, W)
 

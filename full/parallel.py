@@ -10,7 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 from full.compile import compile_blocks
-from full.lora import adapted, add_lora, low_rank
+from full.lora import BODY, STUDENT, LoRALinear, add_lora
 from full.options import device_of
 
 TRAINED = ("student", "fake")
@@ -87,44 +87,41 @@ def shard(model, recipe, device, mesh):
 # ------------------------------------------------------------------------------------------------------------
 # One frozen network for three
 #
-# The release keeps three whole models in stage 2. With LoRA they are one frozen base, the judge, and two
-# adapters:
-#     judge = base       fake score = base + LoRA       student = base + what stage 1 taught it + LoRA
-# What stage 1 taught is itself of low rank. Every network keeps its own modules; the base's weights are
-# shared.
+# The release keeps three whole models in stage 2. But all of them are raw Wan with a LoRA,
+#     judge = Wan + teacher's LoRA       fake score = Wan + LoRA       student = Wan + LoRA
+# where the fake score's goes on from the teacher's, the student's from stage 1's: one frozen base serves all.
+# Every network keeps its own modules; the base's weights are shared.
 # ------------------------------------------------------------------------------------------------------------
 
-def base_of(nets):
+def holder_of(nets):
     """Whose frozen weights the others share: the judge's, or the teacher's, or nobody's."""
     return next((name for name in ("judge", "teacher") if name in nets), None)
 
-def adapt(name, net, recipe, starts=None):
-    """Freeze what is not trained: the whole network, or all but a LoRA (see `add_lora`), or nothing."""
-    if name not in TRAINED:
+def adapt(stage, role, net, recipe, starts=None):
+    """Freeze what is not trained: the whole network with its LoRA `starts`, or all but a LoRA that goes on
+    from there (see `add_lora`), or nothing."""
+    starts = starts or {}
+    if role in TRAINED and recipe.lora:
+        add_lora(net, recipe.lora, STUDENT if role == "student" and stage != "teacher" else BODY, starts)
+    elif role not in TRAINED:
+        for name, start in starts.items():
+            LoRALinear.wrap(net.get_submodule(name), start[0].shape[1], start)
         net.requires_grad_(False)
-    elif recipe.lora:
-        add_lora(net, recipe.lora, recipe.lora, starts=starts)
 
 def assemble(nets, recipe, device):
-    """Add LoRA, shard, and let the networks {name: network} share what is frozen and equal, in place."""
-    base, mesh = base_of(nets), mesh_of_nodes(device.type)
-    shared = {}  # {name of a network: names of its weights that are the base's}
-    for name, net in nets.items():
-        starts = {}
-        if recipe.lora and recipe.share and base not in (None, name):
-            equal = equal_weights(net, nets[base], getattr(torch, recipe.dtype))
-            starts = low_rank_differences(net, nets[base], recipe.lora, device, leave=equal)
-            for linear in starts:
-                net.get_submodule(linear).weight.data = nets[base].get_submodule(linear).weight.data
-            shared[name] = equal + [f"{linear}.weight" for linear in starts]
-        adapt(name, net, recipe, starts)
-    for name in sorted(nets, key=lambda name: name != base):
-        shard(nets[name], recipe, device, mesh)
-        if name in shared:
-            link(name, nets[name], base, nets[base], shared[name])
+    """Shard {role: network}, and let the networks share what is frozen and equal, in place."""
+    holder, mesh = holder_of(nets), mesh_of_nodes(device.type)
+    names = {}
+    if recipe.lora and recipe.share and holder is not None:
+        names = {role: equal_weights(net, nets[holder], getattr(torch, recipe.dtype))
+                 for role, net in nets.items() if role != holder}
+    for role in sorted(nets, key=lambda role: role != holder):
+        shard(nets[role], recipe, device, mesh)
+        if role in names:
+            link(role, nets[role], holder, nets[holder], names[role])
 
 def link(name, net, base, base_net, names):
-    """Make net's weights of these names, if they are frozen, the same tensors as the base's."""
+    """Make net's weights of these names, if they are frozen, the same tensors as the holder's."""
     frozen = {n for n, p in net.named_parameters() if not p.requires_grad}
     theirs = dict(base_net.named_parameters())
     # FSDP pads what its processes cannot divide, in a copy for each network: leave those few.
@@ -137,22 +134,6 @@ def link(name, net, base, base_net, names):
 def equal_weights(net, base, dtype):
     """Names of the weights that are the same in both, in the precision that they are used in."""
     theirs = dict(base.named_parameters())
-    return [name for name, p in net.named_parameters()
-            if name in theirs and p.shape == theirs[name].shape
-            and torch.equal(p.to(dtype), theirs[name].to(dtype))]
-
-def low_rank_differences(net, base, rank, device, leave):
-    """{linear: (up, down)} where weight = base's weight + up down, as exactly as the weights are stored."""
-    theirs, found = dict(base.named_parameters()), {}
-    for linear, module in adapted(net).items():
-        p, q = module.weight, theirs.get(f"{linear}.weight")
-        if q is None or p.shape != q.shape or f"{linear}.weight" in leave:
-            continue
-        difference = p.detach().to(device, torch.float32) - q.detach().to(device, torch.float32)
-        up, down = low_rank(difference, rank)
-        for factor in (up, down) if dist.is_initialized() else ():  # many factors have one product: agree
-            dist.broadcast(factor, 0)
-        coarse = max(torch.finfo(x.dtype).eps for x in (p, q))
-        if (difference - up @ down).norm().item() <= max(coarse / 2, 1e-6) * p.norm().item():
-            found[linear] = up, down
-    return found
+    same = lambda p, q: p.data_ptr() == q.data_ptr() or torch.equal(p.to(dtype), q.to(dtype))
+    return [name for name, p in net.named_parameters() if ".lora_" not in name
+            and name in theirs and p.shape == theirs[name].shape and same(p, theirs[name])]

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from full.data import NAMES, preset
 from full.files import STAGES
-from full.lora import adapted
+from full.lora import BODY, adapted
 from full.options import add_options, check, command, option
-from full.parallel import TRAINED, adapt, base_of, trained
+from full.parallel import TRAINED, adapt, holder_of, trained
 from model import Wan, chunk_mask
 from sample import generate
 from train import RECIPES, Clips, Recipe, is_baseline, networks, recipe_of, train
@@ -181,12 +181,11 @@ def networks_on_meta(stage, recipe, config, layers=None):
     nets = networks(stage, recipe, make)
     for role, net in nets.items():
         starts = {}
-        if role == "student" and recipe.share and stage == "onpolicy":  # what stage 1 taught it
-            base = nets[base_of(nets)].state_dict()
+        if recipe.lora and not recipe.merge and role in ("teacher", "judge"):  # stage 0 is a LoRA, too
             starts = {name: (m.weight.new_empty(m.out_features, recipe.lora),
                              m.weight.new_empty(recipe.lora, m.in_features))
-                      for name, m in adapted(net).items() if f"{name}.weight" in base}
-        adapt(role, net, recipe, starts)
+                      for name, m in adapted(net, BODY).items()}
+        adapt(stage, role, net, recipe, starts)
     return nets
 
 @functools.cache
@@ -237,15 +236,15 @@ def cost_of_sampling(config, shape, text_length=512, steps=4, chunks=None):
 
 def memory_of(nets, recipe, shards):
     """Bytes that one of `shards` GPUs holds between steps, by part, and what FSDP gathers for the work."""
-    base = nets.get(base_of(nets))
-    shared = set(base.state_dict()) if base and recipe.lora and recipe.share else ()
+    holder = nets.get(holder_of(nets))
+    shared = set(holder.state_dict()) if holder and recipe.lora and recipe.share else ()
     size, parts = 2 if recipe.dtype == "bfloat16" else 4, Counter()
     for name, net in nets.items():
         for key, p in net.named_parameters():
             if p.requires_grad:
                 parts += {"weights": 4 * p.numel(), "gradients": 4 * p.numel(), "optimiser": 8 * p.numel()}
                 parts["average"] += 4 * p.numel() * (name == "student")
-            elif net is base or key not in shared:
+            elif net is holder or key not in shared or ".lora_" in key:
                 parts["weights"] += size * p.numel()
     parts = {key: value / shards for key, value in parts.items()}
     if shards > 1 or recipe.dtype != "float32":

@@ -174,10 +174,10 @@ def stage1(args):
         with torch.no_grad():
             v = noise - x
             if guidance != 1:
-                v = guidance * v + (1 - guidance) * model(z, t, t, **null)
+                v = guidance * v + (1 - guidance) * model(z, t, r, **null)
             plus, minus = (t + eps).clamp(max=1), (t - eps).clamp(min=0)
-            later = model(z + wide(plus - t) * v, plus, r, text)
-            du = (later - model(z + wide(minus - t) * v, minus, r, text)) / wide(plus - minus)
+            later = model(z + wide(plus - t) * (noise - x), plus, r, text)
+            du = (later - model(z + wide(minus - t) * (noise - x), minus, r, text)) / wide(plus - minus)
             target = v - wide(t - r) * du
         loss = ((u - target) / guidance).square().flatten(1).mean(1) * anyflow.time_weight(t)
         scale = torch.where(r < t, loss[r == t].mean() / (loss + 1e-5), 1.0).detach()

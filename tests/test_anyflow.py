@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 
+import guidance
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -342,25 +343,57 @@ def test_fused_guidance_has_the_guided_flow_map_as_its_target():
     v = some.velocity(z, t)
     x = z - t[:, None] * v
     options = dict(t=t, r=r, noise=x + v, balance=False, eps=1e-3, prompt=None)
-    assert anyflow.flow_map_loss(model, x, guidance=3.0, null=dict(prompt="null"), **options) < 1e-7
+    fused = dict(guidance=3.0, null=dict(prompt="null"))
+    assert anyflow.flow_map_loss(model, x, guidance_form="consistent", **fused, **options) < 1e-7
     unguided = anyflow.flow_map_loss(model, x, **options)
     assert unguided > 1e-3, "the same student is wrong for the unguided flow"
+    published = anyflow.flow_map_loss(model, x, guidance_form="published", **fused, **options)
+    assert published > 1e-3, "and no fixed point of the published form"
 
 
-def test_fused_guidance_is_the_published_form():
-    """(u_cond - (1 - g) u_null)/g against (eps - x) - (t - r)/g du/dt, with gradient through u_cond only."""
+@pytest.mark.parametrize("form", anyflow.GUIDANCE_FORMS)
+def test_fixed_points_of_fused_guidance_on_gaussians(form):
+    """The affine u of tests/guidance.py is where the target is the output, of prompts and of dropped ones; it
+    is not for the other form. Sampled, the consistent one is the guided ODE at every number of calls."""
+    _, t, r = draw(12)
+    z, prompt = torch.randn(12, 1, dtype=torch.float64), (torch.arange(12) % 3 > 0).double()[:, None]
+    model = guidance.network(form)
+    ab = [torch.where(prompt[:, 0] > 0, *pair) for pair in
+          zip(guidance.velocity(guidance.PROMPT, t), guidance.velocity(guidance.NULL, t))]
+    v = ab[0][:, None] * z + ab[1][:, None]
+    options = dict(t=t, r=r, balance=False, eps=1e-3, weight=torch.ones_like, prompt=prompt,
+                   guidance=guidance.G, null=dict(prompt=torch.zeros_like(prompt)))
+    x, noise = z - t[:, None] * v, z + (1 - t)[:, None] * v  # so that z_t = z and eps - x = v
+    loss = {name: anyflow.flow_map_loss(model, x, noise=noise, guidance_form=name, **options).item()
+            for name in anyflow.GUIDANCE_FORMS}
+    other, = set(loss) - {form}
+    assert loss[form] < 1e-6 < 1e-2 < loss[other]
+
+
+def test_only_the_consistent_form_samples_the_guided_ode():
+    rows = guidance.table()
+    assert max(rows["consistent"]) < 2e-3
+    assert all(a > 10 * b for a, b in zip(rows["published"], rows["consistent"]))
+    assert all(a < b for a, b in zip(rows["published"], rows["guided Euler"]))
+
+
+@pytest.mark.parametrize("form", anyflow.GUIDANCE_FORMS)
+def test_fused_guidance_as_the_paper_writes_it(form):
+    """(u_cond - (1 - g) u_null)/g against (eps - x) - (t - r)/g du/dt, with gradient through u_cond only. As
+    published, u_null at the same (t, r) and du/dt along the data's velocity; dropped prompts likewise."""
     net, g = torch.nn.Linear(2, 2).double(), 3.0
     model = lambda z, t, r, prompt: net(z) * (1 + t[:, None]) + r[:, None] ** 2 + prompt
     x, noise = torch.randn(2, 8, 2, dtype=torch.float64)
     z, t, r = draw(8)
     prompt, null = torch.randn(2, 8, 2, dtype=torch.float64)
-    one = lambda t: torch.ones_like(t)
-    options = dict(guidance=g, null=dict(prompt=null), weight=one, balance=False, prompt=prompt)
+    prompt[:2] = null[:2]  # dropped
+    options = dict(guidance=g, guidance_form=form, null=dict(prompt=null), weight=torch.ones_like,
+                   balance=False, prompt=prompt)
     loss = anyflow.flow_map_loss(model, x, t=t, r=r, noise=noise, **options)
     z = anyflow.interpolate(x, noise, t)
-    u_null = model(z, t, t, null).detach()
-    v = g * (noise - x) + (1 - g) * u_null
-    du = anyflow.central_difference(model, z, v, t, r, prompt=prompt)
+    u_null = model(z, t, r if form == "published" else t, null).detach()
+    along = noise - x if form == "published" else g * (noise - x) + (1 - g) * u_null
+    du = anyflow.central_difference(model, z, along, t, r, prompt=prompt)
     error = (model(z, t, r, prompt) - (1 - g) * u_null) / g - ((noise - x) - (t - r)[:, None] / g * du)
     direct = error.square().mean()
     assert torch.allclose(loss, direct)

@@ -22,11 +22,11 @@ from test_sample import movie
 
 import sample
 import train
-from full import checkpoint, plan, prepare
+from full import checkpoint, folders, lora, plan, prepare
 from full.data import Shards, preset
 from full.files import WEIGHTS
 from full.options import check, expected, option
-from full.parallel import assemble
+from full.parallel import adapt, assemble
 from full.pixels import read_video
 from model import Wan, WanConfig, chunk_mask
 from toy.video import write_shards
@@ -215,14 +215,18 @@ def test_bfloat16_folder_trains_in_float32(story, tmp_path):
     assert not torch.equal(made["proj_out.weight"], start["proj_out.weight"].float())
 
 
-def test_accumulation_is_a_larger_batch(story, tmp_path):
-    """Two micro-batches of four are a batch of eight, but for rounding (and balance, of a micro-batch)."""
+@pytest.mark.parametrize("parts", [2, 8])
+def test_accumulation_is_a_larger_batch(story, parts, tmp_path):
+    """Eight clips in micro-batches, balanced by the anchors of all, have the gradients of one batch: losses,
+    norms and weights."""
     options = ["flowmap", "--preset", "tiny-causal", "--init", story["causal-teacher"], "--steps", "3"]
-    options += ["--balance", "false", *BRIEF]
+    options += ["--guidance", "3", "--target", "data", *BRIEF]
     run(*options, "--out", tmp_path / "one")
-    run(*options, "--out", tmp_path / "two", "--accumulate", "2")
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    run(*options, "--out", tmp_path / "parts", "--accumulate", parts)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "parts")
     assert all((one[key] - two[key]).abs().max() < 1e-5 for key in one)
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "parts")):
+        assert all(abs(a[key] - b[key]) < 1e-5 * max(1, abs(a[key])) for key in a)
 
 
 @pytest.mark.parametrize("stage", ["flowmap", "onpolicy"])
@@ -231,13 +235,15 @@ def test_plan_is_what_a_step_takes(stage, checkpointing):
     """On the meta device as in a real step: FLOPs (1 %) and, by torch's profiler, peak memory (15 %); with
     rollout, derivative, LoRA and recomputation."""
     config, shape = preset("tiny")
-    changes = dict(batch=8, target="data", lora=4, share=False, rollout_steps=(8,))
+    changes = dict(batch=8, target="data", lora=4, merge=True, rollout_steps=(8,), fake_samples="fresh")
     recipe = train.recipe_of("tiny", stage, changes | dict(checkpointing=checkpointing))
     runs = [plan.steps_on_meta(stage, recipe, config, shape, layers, text_length=4) for layers in (1, 2, 3)]
     flops, peak = plan.at_depth(config.num_layers, *runs)
 
     cpu = torch.device("cpu")
     nets = {name: Wan(net.config) for name, net in plan.networks_on_meta(stage, recipe, config).items()}
+    for role, net in nets.items():
+        adapt(stage, role, net, recipe)
     assemble(nets, recipe, cpu)
     made = checkpoint.Run(nets, {}, Path("none"), {})
     made.optimisers = {name: torch.optim.SGD(params.values()) for name, params in made.trained.items()}
@@ -282,15 +288,13 @@ def test_plan_adds_up(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def adapted(story, tmp_path_factory):
-    """Students of stage 1 that differ from their teachers by LoRA of rank 4."""
+    """A teacher of stage 0 and students of stage 1, each a LoRA of rank 4 on one raw model."""
     folder = tmp_path_factory.mktemp("adapted")
-    for name, teacher in (("tiny", "teacher"), ("tiny-causal", "causal-teacher")):
-        options = ["--init", story[teacher], "--steps", "4", "--lora", "4", *BRIEF]
+    for name in ("tiny", "tiny-causal"):
+        options = ["--init", story["teacher"], "--steps", "4", "--lora", "4", "--target", "data", *BRIEF]
         run("flowmap", "--preset", name, *options, "--out", folder / name)
+    run("teacher", "--preset", "tiny", *options[:6], *BRIEF, "--out", folder / "teacher")
     return folder
-
-
-JUDGED = {"tiny": ("teacher", "teacher"), "tiny-causal": ("causal-teacher", "teacher")}
 
 
 @pytest.mark.parametrize("kind", ["anyflow", "causal"])
@@ -316,9 +320,8 @@ def test_from_a_published_teacher_to_what_diffusers_opens(kind, tmp_path):
 @pytest.mark.parametrize("name, processes", [("tiny", 1), ("tiny-causal", 2)])
 def test_one_base_with_adapters_trains_as_three_models(story, adapted, name, processes, tmp_path):
     """Teacher, student and fake score as adapters of one network: losses and weights of three networks."""
-    teacher, judge = (story[role] for role in JUDGED[name])
-    options = ["onpolicy", "--preset", name, "--init", adapted / name, "--teacher", teacher, "--judge", judge]
-    options += ["--steps", "3", "--lora", "4", *BRIEF]
+    options = ["onpolicy", "--preset", name, "--init", adapted / name, "--teacher", adapted / "teacher"]
+    options += ["--steps", "3", "--lora", "4", "--target", "data", "--fake-samples", "fresh", *BRIEF]
     run(*options, "--share", "false", "--out", tmp_path / "false")
     (torchrun if processes > 1 else run)(*options, "--share", "true", "--out", tmp_path / "true")
     for one, three in zip(losses(tmp_path / "true"), losses(tmp_path / "false")):
@@ -327,21 +330,56 @@ def test_one_base_with_adapters_trains_as_three_models(story, adapted, name, pro
     assert all((one[key] - three[key]).abs().max() < 1e-4 for key in three)
 
 
-def test_one_base_is_held_once(story, adapted):
-    """All that is frozen and of the teacher's shape lies in one memory; the student starts as its folder."""
-    options = ["--init", str(adapted / "tiny"), "--teacher", str(story["teacher"])]
-    args = train.parse(["onpolicy", "--preset", "tiny", *options])
-    recipe = train.Recipe(lora=4, dtype="float32", checkpointing="none", compile=False)
-    make = train.from_folders("onpolicy", recipe, args, preset("tiny")[0])
+def three_networks(args, lora=4):
+    args = train.parse(["onpolicy", "--preset", "tiny", *map(str, args)])
+    recipe = train.Recipe(lora=lora, dtype="float32", checkpointing="none", compile=False)
+    make = folders.from_folders("onpolicy", recipe, args, preset("tiny")[0], False)
     nets = train.networks("onpolicy", recipe, make)
     assemble(nets, recipe, torch.device("cpu"))
-    base = dict(nets["judge"].named_parameters())
+    return nets
+
+
+def test_one_base_is_held_once(story, adapted):
+    """Judge, fake score and student are LoRAs of raw weights, which lie in one memory; each computes what its
+    folder does, the fake score what the judge does, and the student and fake score go on with those LoRAs."""
+    nets = three_networks(["--init", adapted / "tiny", "--teacher", adapted / "teacher"])
+    base, raw = dict(nets["judge"].named_parameters()), Wan.from_pretrained(story["teacher"]).state_dict()
+    assert all(torch.equal(base[key], value) for key, value in raw.items())
     for name in ("student", "fake"):
         own = dict(nets[name].named_parameters())
-        assert all(own[key] is p and not p.requires_grad for key, p in base.items()), name
+        assert all(own[key] is base[key] and not own[key].requires_grad for key in raw), name
     z, text = torch.randn(2, 9, 3, 12, 12), torch.randn(2, 4, 32)
-    wanted = Wan.from_pretrained(adapted / "tiny")(z, 0.7, 0.2, text)
-    assert (nets["student"](z, 0.7, 0.2, text) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    for name, folder in (("student", "tiny"), ("judge", "teacher"), ("fake", "teacher")):
+        wanted = Wan.from_pretrained(adapted / folder)(z, 0.7, 0.2, text)
+        assert (nets[name](z, 0.7, 0.2, text) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        stored = lora.read_adapter(adapted / folder)
+        own = dict(nets[name].named_parameters())
+        assert all(torch.equal(own[f"{key}.lora_up"], up) for key, (up, _) in stored.items())
+        assert any("time_embedder" in key for key in stored) == (name == "student")
+
+
+def test_networks_that_are_no_lora_or_have_lost_it(story, adapted, capfd, tmp_path):
+    """One weight of another rank is kept whole and said; a LoRA that is nowhere stored is found by its SVD; a
+    base that is gone is asked for."""
+    other = Wan.from_pretrained(story["teacher"])
+    torch.nn.init.normal_(other.blocks[0].attn1.to_q.weight)
+    other.save_pretrained(tmp_path / "other")
+    nets = three_networks(["--init", adapted / "tiny", "--teacher", tmp_path / "other"])
+    assert "judge: 1 weights of" in capfd.readouterr().out
+    assert torch.equal(nets["judge"].blocks[0].attn1.to_q.weight, other.blocks[0].attn1.to_q.weight)
+    shutil.copytree(adapted / "teacher", tmp_path / "bare")
+    (tmp_path / "bare" / lora.ADAPTER).unlink()
+    nets = three_networks(["--init", adapted / "tiny", "--teacher", tmp_path / "bare"])
+    assert "kept whole" not in capfd.readouterr().out
+    z, text = torch.randn(2, 9, 3, 12, 12), torch.randn(2, 4, 32)
+    wanted = Wan.from_pretrained(adapted / "teacher")(z, 0.7, 0.2, text)
+    assert (nets["judge"](z, 0.7, 0.2, text) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    shutil.copytree(adapted / "tiny", tmp_path / "moved")
+    made = json.loads((tmp_path / "moved" / "anyflow.json").read_text())
+    (tmp_path / "moved" / "anyflow.json").write_text(json.dumps(made | {"base": str(tmp_path / "gone")}))
+    options = ["onpolicy", "--preset", "tiny", "--lora", "4", "--init", tmp_path / "moved"]
+    said = refused(*options, "--teacher", adapted / "teacher", "--out", tmp_path / "out")
+    assert "gone, which is no folder, expected --base" in said
 
 
 def test_lora_bfloat16_and_checkpointing_train(story, tmp_path):
@@ -354,17 +392,18 @@ def test_lora_bfloat16_and_checkpointing_train(story, tmp_path):
     assert made["blocks.0.attn1.to_q.weight"].dtype == torch.float32
 
 
-def test_exported_weights_are_the_average():
-    """The average of weights w_1, w_2, ... that a run keeps is the recursion a <- d a + (1 - d) w, where
-    d = (n+1)/(n+10) while young, and the weights themselves before ema_start."""
+@pytest.mark.parametrize("ramp", [False, True])
+def test_exported_weights_are_the_average(ramp):
+    """The average of weights w_1, w_2, ... that a run keeps is the recursion a <- d a + (1 - d) w, and the
+    weights themselves before ema_start; with a ramp d = (n+1)/(n+10) while young."""
     net = torch.nn.Linear(2, 1, bias=False)
     run = checkpoint.Run({"student": net}, {}, Path("none"), {})
-    recipe, wanted = train.Recipe(ema=0.5, ema_start=2), None
+    recipe, wanted = train.Recipe(ema=0.5, ema_start=2, ema_ramp=ramp), None
     for run.step in range(8):
         net.weight.data = torch.randn(1, 2)
         run.update_average(recipe)
         n = run.step - 2
-        decay = min(0.5, (n + 1) / (n + 10)) if n >= 0 else 0.0
+        decay = min(0.5, (n + 1) / (n + 10) if ramp else 1.0) if n >= 0 else 0.0
         wanted = net.weight.data if wanted is None else decay * wanted + (1 - decay) * net.weight.data
         assert torch.allclose(run.average["weight"], wanted)
         assert n >= 0 or torch.equal(run.average["weight"], net.weight.data)
@@ -569,6 +608,8 @@ def test_foreign_folders_are_named(story, tmp_path):
     (["--lr", "nan"], "lr is nan"),
     (["--drop", "2"], "drop is 2"),
     (["--seed", "-1"], "seed is -1"),
+    (["--guidance-form", "published"], "but guidance is 1"),
+    (["--guidance-form", "ours", "--guidance", "3"], "guidance_form is 'ours', expected one of"),
 ])
 def test_numbers_out_of_range(options, words, tmp_path):
     assert words in refused("teacher", "--preset", "tiny", "--out", tmp_path / "out", *options)
@@ -659,6 +700,8 @@ def test_presets_carry_the_published_recipe():
     assert (forward.steps, forward.batch, forward.lr) == (4000, 16, 5e-5)
     assert (forward.beta2, forward.lora) == (0.95, 256)
     assert (policy.steps, policy.lr, policy.beta1, policy.ema) == (1200, 2e-6, 0.0, 0.99)
+    assert (forward.guidance, forward.guidance_form, policy.fake_samples) == (3.0, "published", "fresh")
+    assert not (forward.ema_ramp or forward.merge or policy.ema_ramp)
     config, shape = preset("wan-1.3b-causal")
     assert config.kind == "causal" and sum(config.chunk_partition) == shape[0] == 21
 

@@ -200,7 +200,7 @@ def keep(folder, target):
     for name in STORY:
         Wan.from_pretrained(folder / name, dtype=torch.bfloat16).save_pretrained(target / name)
         made = provenance(folder / name)
-        made |= {key: Path(made[key]).name for key in ("init", "teacher", "judge") if key in made}
+        made |= {key: Path(made[key]).name for key in ("init", "teacher", "judge", "base") if key in made}
         write_json(target / name / "anyflow.json", made)
 
 def write_shards(world, folder, clips, seed, size=1024):

@@ -1,0 +1,114 @@
+"""The model folders that a stage starts from: here or on the hub, of the right kind, taken apart to LoRAs."""
+
+import functools
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from full.files import provenance
+from full.lora import ADAPTER, read_adapter, unmerge
+from full.options import device_of, reason
+from full.parallel import adapt, main_process
+from model import Wan
+
+# From which stages each stage may start.
+BEFORE = {"teacher": ("teacher",), "flowmap": ("teacher", "flowmap", "onpolicy"),
+          "onpolicy": ("flowmap", "onpolicy"), "consistency": ("teacher",)}
+
+def find(name, revision=None):
+    """A folder of that name, or else the model of that name on the hub (AUTHOR/MODEL), as the local cache has
+    it or fetched into it. ValueError where it is neither, and where the hub cannot be reached."""
+    if Path(name).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        return Path(name)
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ValueError(f"no model folder at {name}; from the hub it needs huggingface_hub, which comes with"
+                         " diffusers") from None
+    parts = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=parts))
+    except Exception as error:  # the hub's own, and all of the network's
+        why = reason(error)
+        raise ValueError(f"{name} is neither a folder here nor to be had from the hub: {why}") from None
+
+def load(folder, option, config, kind, stages):
+    """A model folder, checked to have the preset's architecture and to come from one of the stages."""
+    if folder is None:
+        raise ValueError(f"{option} is missing, expected a model folder of stage {' or '.join(stages)}")
+    keys = ("compressed_patch_size", "full_chunk_limit", "chunk_partition") if kind == "causal" else ()
+    model = Wan.from_pretrained(folder, kind, **{key: getattr(config, key) for key in keys})
+    for key, wanted in asdict(config).items():
+        found = getattr(model.config, key)
+        if found != wanted and key in model.config.to_dict() and key != "rope_max_seq_len":
+            raise ValueError(f"{option} {folder} has {key} {found}, expected {wanted} as the preset")
+    made = provenance(folder).get("stage")
+    if made not in (None, *stages):
+        raise ValueError(f"{option} {folder} was made by stage {made}, expected {' or '.join(stages)}")
+    return model
+
+def base_of(args, recipe):
+    """The folder of raw weights that all networks of a run are LoRAs of; None where there is none."""
+    if not args.init or not recipe.lora or recipe.merge:
+        return None
+    base = args.base or provenance(args.init).get("base") or args.init
+    if not Path(base).is_dir():
+        raise ValueError(f"{args.init} is a LoRA of {base}, which is no folder, expected --base FOLDER or"
+                         " --merge true")
+    return str(Path(base).resolve())
+
+def from_folders(stage, recipe, args, config, baseline):
+    """`make` of `train.networks`: each role from the folder that the command line names for it, what is not
+    trained frozen. baseline: whether the stage is one of consistency."""
+    causal, base, device = config.kind == "causal", base_of(args, recipe), device_of(args.device)
+
+    def make(role):
+        net, folder = student() if role == "student" else frozen_or_fake(role)
+        starts = {}
+        if base is not None and str(Path(folder).resolve()) != base:
+            known = provenance(folder).get("base") == base and (Path(folder) / ADAPTER).exists()
+            stored = read_adapter(Path(folder)) if known else {}
+            starts, whole = unmerge(net, base_weights(net.config), recipe.lora, stored, device)
+            if whole and main_process():
+                print(f"{role}: {whole} weights of {folder} differ from {base} by more than rank"
+                      f" {recipe.lora} and are kept whole")
+        adapt(stage, role, net, recipe, starts)
+        return net
+
+    @functools.cache
+    def base_weights(config):
+        return Wan.from_pretrained(base, config.kind if config.kind != "teacher" else None,
+                                   compressed_patch_size=config.compressed_patch_size,
+                                   full_chunk_limit=config.full_chunk_limit,
+                                   chunk_partition=config.chunk_partition).state_dict()
+
+    def frozen_or_fake(role):
+        option, folder = "--teacher", args.teacher or (args.init if stage != "onpolicy" else None)
+        if role != "teacher" and args.judge:
+            option, folder = "--judge", args.judge
+        net = load(folder, option, config, None, ("teacher",))
+        if (net.config.kind == "causal") != causal and (role == "teacher" or not causal):
+            kinds = f"is of kind {net.config.kind} for a student of kind {config.kind}"
+            wanted = "a causal teacher" if causal else "a bidirectional one"
+            raise ValueError(f"{option} {folder} {kinds}, expected {wanted}")
+        return net, folder
+
+    def student():
+        if stage == "teacher" and not args.init:
+            if recipe.lora:
+                raise ValueError(f"lora is {recipe.lora}, expected 0 for random weights: --init is not given")
+            net = Wan(config if causal else replace(config, kind="teacher"))
+            torch.nn.init.zeros_(net.proj_out.weight)  # it starts as the zero function
+            torch.nn.init.zeros_(net.proj_out.bias)
+            return net, None
+        before = ("consistency",) if stage == "onpolicy" and baseline else BEFORE[stage]
+        # A bidirectional teacher keeps the kind of its folder; a causal one's becomes bidirectional.
+        kind = None if stage == "teacher" and not causal else config.kind
+        net = load(args.init, "--init", config, kind, before)
+        if kind is None and net.config.kind == "causal":
+            net = load(args.init, "--init", config, config.kind, before)
+        return net, args.init
+
+    return make
