@@ -424,6 +424,14 @@ def test_balance_gives_every_jump_the_size_of_the_diffusion_losses():
     assert torch.equal(anyflow._balance(loss, torch.ones(4, dtype=bool)), loss), "a mean over nothing"
 
 
+def test_balance_of_micro_batches_is_that_of_the_batch_if_anchors_come_first():
+    loss, jumps = torch.rand(8) + 0.1, torch.arange(8) >= 3
+    sums = torch.zeros(2)
+    parts = [anyflow._balance(*part, sums) for part in zip(loss.split(2), jumps.split(2))]
+    assert torch.allclose(torch.cat(parts), anyflow._balance(loss, jumps))
+    assert torch.allclose(sums, torch.tensor([loss[:3].sum(), 3.0]))
+
+
 def test_balance_hides_how_bad_the_jumps_are_and_parts_show_it():
     """Jumps with 100 times the squared error: the same balanced loss. `parts` is the error as it is."""
     x, t = torch.randn(8, 40, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
@@ -587,6 +595,28 @@ def test_on_policy_step_judges_samples_and_then_teaches_them_to_the_fake_score(n
     direct = [losses["dmd_loss"](x @ student, judge, fake, **of_dmd[id(x)], **cond) for x in batches]
     assert torch.allclose(grads["dmd"], 2.5 * torch.autograd.grad(sum(direct), student)[0])
     assert grads["dmd"].abs().min() > 0 and grads["fake"].abs().max() > 0
+
+
+def test_fresh_samples_for_the_fake_score_are_made_after_the_students_update():
+    """From batches of their own for every update, by the student as it is then, without gradient."""
+    student, order = torch.ones(1, dtype=torch.float64, requires_grad=True), []
+    judge = fake = lambda z, t, r: z.sin()
+
+    def rollout(x):
+        order.append((x[0, 0].item(), student.item(), torch.is_grad_enabled()))
+        return x * student, {}, lambda i: {}, {}
+
+    def update(role):
+        order.append(role)
+        if role == "student":
+            student.data += 1
+
+    batch = lambda number: torch.full((2, 2), number, dtype=torch.float64)
+    anyflow.on_policy_step([batch(1.0), batch(2.0)], rollout, lambda x: (x * student).mean(), judge, fake,
+                           lambda name, loss: None, update, fake_steps=2,
+                           fresh=lambda i: [batch(10.0 + i), batch(20.0 + i)])
+    fresh = [(10.0, 2.0, False), (20.0, 2.0, False), "fake", (11.0, 2.0, False), (21.0, 2.0, False), "fake"]
+    assert order == [(1.0, 1.0, True), (2.0, 1.0, True), "student", *fresh]
 
 
 # consistency
