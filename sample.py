@@ -3,11 +3,12 @@
     python sample.py --prompt "a fast blue cross moving up" --steps 4                    # the tiny world
     python sample.py --model FOLDER --prompt "a cat on a skateboard" --out cat.mp4       # Wan 2.1, AnyFlow
     python sample.py --model FOLDER --prompt "it rolls away" --image cat.jpg --out cat.mp4
-    python sample.py --model FOLDER --prompts vbench.txt --per-prompt 5 --out videos     # <prompt>-<i>.mp4
+    python sample.py --model FOLDER --prompts vbench.json --per-prompt 5 --out videos    # <prompt>-<i>.mp4
 
 Everything here is `anyflow.sample` on a network that knows which frames are given: T2V (text to video) gives
 none, I2V (image to video) the first latent frame, V2V (video to video) the first few. A published folder
-brings its VAE and text encoder; without them, embeddings go in (--text) and latents come out.
+brings its VAE and text encoder; without them, embeddings go in (--text) and latents come out. FOLDER may be
+the name of a model on the hub, as nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers.
 """
 
 import argparse
@@ -25,8 +26,19 @@ from tqdm import tqdm
 import anyflow
 from full.compile import compile_blocks
 from full.files import provenance, read_tensors
+from full.hub import find
 from full.options import command, device_of, positive, reason
-from full.pixels import FORMATS, Published, check_writer, clips_of, finite, read_image, read_video, save
+from full.pixels import (
+    FORMATS,
+    Published,
+    check_writer,
+    clips_of,
+    finite,
+    read_image,
+    read_video,
+    save,
+    text_of,
+)
 from model import Wan
 from toy import world
 
@@ -117,9 +129,12 @@ def sampler_of(model, name, guidance):
 def sampler_of_folder(folder):
     """The sampler for what `train.py` made; None for a published folder."""
     made = provenance(folder)
-    if made.get("stage") == "onpolicy" and made.get("rollout") == "consistency":
+    return sampler_of_stage(made.get("stage"), made.get("rollout"))
+
+def sampler_of_stage(stage, rollout):
+    if stage == "onpolicy" and rollout == "consistency":
         return "consistency"
-    return {"teacher": "euler", "consistency": "consistency"}.get(made.get("stage"))
+    return {"teacher": "euler", "consistency": "consistency"}.get(stage)
 
 def partition(frames, chunks):
     """The first of the chunks, that sum to this many frames."""
@@ -164,12 +179,17 @@ class Tiny:
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--model", default=str(EXAMPLE), help="model folder (default: the tiny causal one in the repository)")
+    add("--model", default=EXAMPLE, help="model folder, or AUTHOR/MODEL on the hub (default: the tiny causal"
+        " one in the repository)")
+    add("--revision", help="of a --model on the hub: branch, tag or commit")
     add("--parts", help="published folder of the VAE and text encoder, if --model has none of its own")
     add("--prompt", nargs="+", default=["a slow red disc moving left"], help="one, or several in quotes")
-    add("--prompts", help="file of prompts, one in each line; clips are named <prompt>-<i>, as VBench does")
-    add("--per-prompt", type=positive, help="clips of each prompt, with seeds SEED, SEED + 1, ...")
-    add("--negative", default="", help="prompt to be guided away from (default: the empty one)")
+    add("--prompts", help="file of prompts, one in each line, or of JSON with prompt_en, which names the clip"
+        " <prompt>-<i>, and aug_prompt_en, which it is made from, as VBench has it")
+    add("--per-prompt", type=positive, help="clips of each prompt")
+    add("--seeds", choices=("per-prompt", "running"), default="per-prompt",
+        help="SEED, SEED + 1, ... for each prompt, or over all clips, as the release has it for VBench")
+    add("--negative", default="", help="prompt to be guided away from, or @FILE (default: the empty one)")
     add("--image", help="first frame")
     add("--video", help="file whose first frames are given")
     add("--given", type=positive, help="frames of --video (default: 25 or fewer), or of a true tiny clip")
@@ -249,6 +269,8 @@ def latent_shape(args, config, made, stride):
 
 def run(args):
     """All of the command line's clips. Raises ValueError; OSError and RuntimeError where it cannot go on."""
+    args.model, args.parts = find(args.model, args.revision), args.parts and find(args.parts)
+    args.negative = text_of(args.negative)
     device, made = device_of(args.device), provenance(args.model)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     model = Wan.from_pretrained(args.model)  # on the CPU, as stored, until the text encoder has gone

@@ -18,6 +18,7 @@ import math
 import os
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,14 +29,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import anyflow
+import sample
 from full.checkpoint import Run
 from full.data import NAMES, Shards, preset
 from full.files import STAGES, read_lines, write
-from full.folders import base_of, find, from_folders
+from full.folders import base_of, from_folders
+from full.hub import find
 from full.options import add_options, check, command, option, positive
 from full.parallel import TRAINED, assemble, main_process, place, start_processes, trained, whole
+from full.pixels import save
 from toy import plots
-from toy.world import WORLDS
+from toy.world import WORLDS, enlarge
 
 # ---- Recipes ---------------------------------------------------------------------------------------------
 
@@ -368,6 +372,8 @@ def parse(argv):
     add("--base", help="folder of the weights that all are LoRAs of (default: what --init is a LoRA of)")
     add("--resume", action="store_true", help="go on from the newest checkpoint of --out")
     add("--save-every", type=positive, default=500, help="steps between checkpoints (default 500)")
+    add("--sample-every", type=positive, help="steps between sample clips, into OUT/samples (default: none)")
+    add("--sample-steps", type=positive, default=4, help="network calls of a sample clip (default 4)")
     add("--skip-bad-shards", action="store_true", help="train on the others")
     add("--seed", type=int, default=0, help="at least 0 (default 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
@@ -386,6 +392,21 @@ def open_data(args, shape, text_dim):
     if WORLDS[args.data].shape != shape:
         raise ValueError(f"--data {args.data} has clips {WORLDS[args.data].shape}, expected {shape}")
     return WORLDS[args.data]
+
+def save_samples(run, clips, args, recipe, count=2):
+    """Clips of fixed noise and prompts into OUT/samples, of the averaged weights and of the raw ones."""
+    student, device = run.nets["student"], clips.device
+    student.encode_text = lambda text: text  # sharded blocks embed a prompt only in their own forward pass
+    text = clips.data.batch(range(count), args.seed)[1].to(device)
+    noise = torch.randn(count, *clips.shape, generator=generator(args.seed)).to(device)
+    options = dict(shift=recipe.shift, sampler=sample.sampler_of_stage(args.stage, recipe.rollout))
+    for name, weights in (("average", run.averaged), ("raw", nullcontext)):
+        with weights():
+            latents = sample.generate(student, text, noise, args.sample_steps, **options).float().cpu()
+        if main_process():
+            stem, tiny = args.out / "samples" / f"step-{run.step:07d}-{name}", args.preset.startswith("tiny")
+            save(stem, (".safetensors", *[".gif"] * tiny), latents, enlarge(latents) if tiny else None, fps=4)
+    del student.encode_text
 
 def run_stage(args):
     config, shape = preset(args.preset)
@@ -428,6 +449,8 @@ def run_stage(args):
             bar.update()
             if run.step % 20 == 0:
                 bar.set_postfix_str(" ".join(f"{name} {row[name]:.4g}" for name in LOSSES if name in row))
+            if args.sample_every and run.step % args.sample_every == 0:
+                save_samples(run, clips, args, recipe)
             if run.step % args.save_every == 0 or run.step == recipe.steps:
                 lines.flush()
                 run.save()

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import FSDPModule
 
 import anyflow
 from full.files import read_json, write_json
@@ -88,6 +90,24 @@ class Run:
     def update_average(self, recipe):
         parts = ([local(p) for p in params.values()] for params in (self.average, self.trained["student"]))
         anyflow.update_average(*parts, self.step - recipe.ema_start, recipe.ema, recipe.ema_ramp)
+
+    @contextmanager
+    def averaged(self):
+        """The student with the average of its weights, for as long as the context lasts."""
+        own = {name: p.detach().clone() for name, p in self.trained["student"].items()}
+        try:
+            self.set_weights(self.average)
+            yield self.nets["student"]
+        finally:
+            self.set_weights(own)
+
+    @torch.no_grad()
+    def set_weights(self, values):
+        for name, p in self.trained["student"].items():
+            p.copy_(values[name])
+        for module in self.nets["student"].modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what was gathered for the last forward pass is of the old weights
 
     @torch.no_grad()
     def export(self, folder, start, recipe):

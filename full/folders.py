@@ -1,7 +1,6 @@
-"""The model folders that a stage starts from: here or on the hub, of the right kind, taken apart to LoRAs."""
+"""The model folders that a stage starts from: checked to be of the right kind, taken apart into LoRAs."""
 
 import functools
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,30 +8,13 @@ import torch
 
 from full.files import provenance
 from full.lora import ADAPTER, read_adapter, unmerge
-from full.options import device_of, reason
+from full.options import device_of
 from full.parallel import adapt, main_process
 from model import Wan
 
 # From which stages each stage may start.
 BEFORE = {"teacher": ("teacher",), "flowmap": ("teacher", "flowmap", "onpolicy"),
           "onpolicy": ("flowmap", "onpolicy"), "consistency": ("teacher",)}
-
-def find(name, revision=None):
-    """A folder of that name, or else the model of that name on the hub (AUTHOR/MODEL), as the local cache has
-    it or fetched into it. ValueError where it is neither, and where the hub cannot be reached."""
-    if Path(name).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
-        return Path(name)
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ValueError(f"no model folder at {name}; from the hub it needs huggingface_hub, which comes with"
-                         " diffusers") from None
-    parts = ["*.json", "*.safetensors", "*.txt", "*.model"]
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=parts))
-    except Exception as error:  # the hub's own, and all of the network's
-        why = reason(error)
-        raise ValueError(f"{name} is neither a folder here nor to be had from the hub: {why}") from None
 
 def load(folder, option, config, kind, stages):
     """A model folder, checked to have the preset's architecture and to come from one of the stages."""

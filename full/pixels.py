@@ -7,6 +7,7 @@ import hashlib
 import html
 import importlib
 import importlib.util
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,35 +262,60 @@ def save(stem, formats, latents, pixels, fps):
         write(f"{stem}{ending}", savers[ending])
     return ", ".join(f"{stem}{ending}" for ending in formats)
 
+def text_of(option):
+    """A prompt as given on a command line, or the text of FILE for @FILE."""
+    if not option.startswith("@"):
+        return option
+    try:
+        return Path(option[1:]).read_text("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option}: the file cannot be read: {reason(error)}") from None
+
+@dataclass(frozen=True)
+class Prompt:
+    """Of VBench's list: what names a clip, and what it is made from."""
+
+    prompt_en: str = option()
+    aug_prompt_en: str = option()
+
+def read_prompts(path):
+    """{prompt that names a clip: prompt that it is made from} of a file: lines of text, in which the two are
+    one, or objects of JSON, in lines or in one list, with both keys of `Prompt`. ValueError."""
+    text = text_of(f"@{path}")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts {path} has no prompt, expected one in each line")
+    if not re.match(r"\[?\s*\{", text):
+        return {line: line for line in lines}
+    try:
+        rows = json.loads(text) if text[0] == "[" else [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--prompts {path} is no JSON: {reason(error)}") from None
+    rows = [check(Prompt, row, f"--prompts {path}, prompt {i}") for i, row in enumerate(rows, 1)]
+    return {row["prompt_en"]: row["aug_prompt_en"] for row in rows}
+
 def clips_of(args, formats):
     """[(prompt, seed, stem)] to make: one clip at --out, or several in that folder, named as by VBench."""
     one = args.ending in FORMATS
     stem = args.out.with_suffix("") if one else args.out
     if args.text:
         return [(None, args.seed, stem)]
-    prompts = args.prompt
-    if args.prompts:
-        try:
-            lines = Path(args.prompts).read_text("utf-8-sig").splitlines()
-            prompts = [line.strip() for line in lines if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts {args.prompts} cannot be read: {error}") from None
-    if not prompts:
-        raise ValueError(f"--prompts {args.prompts} has no prompt, expected one in each line")
+    prompts = read_prompts(args.prompts) if args.prompts else {prompt: prompt for prompt in args.prompt}
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("--prompt is empty, expected some words")
     if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
         raise ValueError("--prompt is no UTF-8")
     if len(prompts) == 1 and not args.prompts and args.per_prompt is None:
-        return [(prompts[0], args.seed, stem)]
+        return [(*prompts.values(), args.seed, stem)]
     if one or args.out.is_file():
         raise ValueError(f"--out {args.out} is a file, expected a folder for several clips")
-    clips = []
-    for prompt in dict.fromkeys(prompts):
+    clips, each = [], args.per_prompt or 1
+    for number, (prompt, text) in enumerate(prompts.items()):
         name = prompt.replace("/", "_").encode()[:200].decode(errors="ignore")  # a file's name has 255 bytes
         if name != prompt:  # and another prompt may look like it
             name += "-" + hashlib.sha1(prompt.encode()).hexdigest()[:8]
-        clips += [(prompt, args.seed + i, args.out / f"{name}-{i}") for i in range(args.per_prompt or 1)]
+        first = args.seed + (number * each if args.seeds == "running" else 0)
+        clips += [(text, first + i, args.out / f"{name}-{i}") for i in range(each)]
     missing = [clip for clip in clips if not all(Path(f"{clip[2]}{ending}").exists() for ending in formats)]
     if len(missing) < len(clips):
         print(f"{len(clips) - len(missing)} of {len(clips)} are there already, made with whatever settings")

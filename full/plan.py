@@ -358,10 +358,14 @@ def print_plan(name, machine, given):
         table.append(f"{row:12}" + "".join(f"{value:12.2f}" for value in (*held, sum(held))))
 
     for stage, recipe in tqdm(recipes.items(), desc="counting", disable=None, leave=False):
-        line(stage, *cost_of_training(stage, recipe, config, shape, gpus, per_node), recipe)
+        # Stage 0 of Wan is bidirectional: so is the judge, also of causal students.
+        kind = "anyflow" if stage == "teacher" and not name.startswith("tiny") else config.kind
+        of_stage = replace(config, kind=kind)
+        line(stage, *cost_of_training(stage, recipe, of_stage, shape, gpus, per_node), recipe)
     flops, peak = cost_of_sampling(config, shape)
     line("clip, 4 calls", flops, {"weights": 2 * size[config.kind], "activations": peak})
-    print(f"\nstages 1 and 2 together: {days['flowmap'] + days['onpolicy']:.3g} GPU-days")
+    total = sum(days[stage] for stage in ("teacher", "flowmap", "onpolicy"))
+    print(f"\nstages 0, 1 and 2 together: {total:.3g} GPU-days")
     print(f"\nmemory of a GPU, GiB\n{'':12}" + "".join(f"{part:>12}" for part in (*PARTS, "total")))
     print("\n".join(table))
 

@@ -1,6 +1,6 @@
 """Videos with captions to shards of latents and embeddings, which `train.py --data` reads.
 
-    python -m full.prepare --preset wan-14b --init WAN_FOLDER --videos FOLDER --data SHARDS
+    python -m full.prepare --preset wan-14b --init WAN_FOLDER --videos FOLDER --data SHARDS --negative @FILE
 
 Under torchrun each process takes its part. An interrupted run goes on; bad files are named and skipped.
 """
@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from full.data import NAMES, preset
 from full.files import read_json, read_lines, write, write_json
+from full.hub import find
 from full.options import check, command, device_of, option, positive
-from full.pixels import VAE, TextEncoder, read_video
+from full.pixels import VAE, TextEncoder, read_video, text_of
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 
@@ -40,12 +41,13 @@ def read_manifests(folder):
     rows = [check(Row, row, path) for path in paths for row in read_lines(path)]
     return [row for row in rows if (folder / row.get("shard", "none")).exists()]
 
-def prepare(videos, folder, shape, text_dim, encode, vae, size=32, rank=0, world=1):
+def prepare(videos, folder, shape, text_dim, encode, vae, negative="", size=32, rank=0, world=1):
     """Every video below a folder, with its caption in a .txt of the same name, to shards: (clips, bad files).
 
     The first frames of each, of another aspect the middle. shape: (F, C, H, W) of the latents. encode, vae:
-    of `full.pixels`. manifest-RANK.jsonl names the shard and row of each video, or why it was skipped; what
-    lies in a shard is not encoded again. Latents and text are bfloat16. Raises ValueError.
+    of `full.pixels`. negative: the null prompt's text. manifest-RANK.jsonl names the shard and row of each
+    video, or why it was skipped; what lies in a shard is not encoded again. Latents and text are bfloat16.
+    Raises ValueError.
     """
     files = sorted(p for p in Path(videos).rglob("*") if p.suffix.lower() in VIDEOS)
     if not files:
@@ -70,7 +72,7 @@ def prepare(videos, folder, shape, text_dim, encode, vae, size=32, rank=0, world
         write(folder / f"manifest-{rank:03}.jsonl", lambda part: part.write_text(text))
 
     if rank == 0:
-        null = encode([""]).bfloat16()
+        null = encode([negative]).bfloat16()
         if null.shape[2] != text_dim:
             raise ValueError(f"the text encoder is {null.shape[2]} wide, expected {text_dim} for the preset")
         write(folder / "null.safetensors", lambda part: save_file({"text": null}, part))
@@ -101,17 +103,19 @@ def run(args):
     (config, shape), folder = preset(args.preset), args.data
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = device_of(args.device)
-    settings = {"videos": str(args.videos.resolve()), "init": str(args.init.resolve()), "shape": list(shape)}
+    init, negative = find(args.init), text_of(args.negative)
+    settings = {"videos": str(args.videos.resolve()), "init": str(init.resolve()), "shape": list(shape)}
+    settings["negative"] = negative
     path = folder / "prepare.json"
     if path.exists() and read_json(path) != settings:
         raise ValueError(f"{folder} was prepared from {read_json(path)}, expected {settings}: another --data")
-    encode = TextEncoder(args.init, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    encode = TextEncoder(init, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_json(path, settings)
-    vae = VAE(args.init, device)
-    clips, bad = prepare(args.videos, folder, shape, config.text_dim, encode, vae, args.clips_per_shard, rank,
-                         world)
+    vae = VAE(init, device)
+    clips, bad = prepare(args.videos, folder, shape, config.text_dim, encode, vae, negative,
+                         args.clips_per_shard, rank, world)
     print(f"{clips} clips in {folder}" + (f"; {bad} bad files are in the manifest" if bad else ""))
     if bad and not clips and world == 1:  # other processes may have better ones
         raise ValueError(f"none of the {bad} videos in {args.videos} could be used")
@@ -120,9 +124,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m full.prepare", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--preset", choices=NAMES, required=True, help="whose frames, height and width the clips get")
-    add("--init", type=Path, required=True, help="published folder, for its VAE and text encoder")
+    add("--init", required=True, help="published folder or name on the hub, for its VAE and text encoder")
     add("--videos", type=Path, required=True, help="folder; each video has a caption in a .txt of its name")
     add("--data", type=Path, required=True, help="folder of the shards")
+    add("--negative", required=True, metavar="TEXT", help="the null prompt, or @FILE: for dropped prompts and"
+        " guidance; Wan has a text of its own, '' is the empty prompt")
     add("--clips-per-shard", type=positive, default=32, help="(default 32)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
     args = parser.parse_args(argv)

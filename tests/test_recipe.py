@@ -1,6 +1,6 @@
 """Three steps of the published recipe against the formulas of the paper, written out here once more.
 
-Both sides take the same numbers: data, noise, times, N, k. No loss, jump or grid of anyflow.py is called here.
+Both sides take the same numbers: data, noise, times, N, k. No loss, jump or grid of anyflow.py is called.
 """
 
 import copy

@@ -283,7 +283,7 @@ def test_plan_adds_up(monkeypatch, capsys):
     cost, memory = (line[1:] for line in lines if line[:1] == ["onpolicy"])
     assert cost == ["16", "2700", "4", "8", "4", "no", "no", "8"]
     assert memory[-3:] == ["30.00", "0.00", "94.00"]
-    assert ["stages", "1", "and", "2", "together:", "8", "GPU-days"] in lines
+    assert ["stages", "0,", "1", "and", "2", "together:", "12", "GPU-days"] in lines
 
 
 @pytest.fixture(scope="module")
@@ -427,6 +427,25 @@ def test_folders_name_their_sampler(story):
     names = {name: sample.sampler_of_folder(story[name]) for name in NAMES[:5]}
     wanted = {"teacher": "euler", "forward": None, "anyflow": None}
     assert names == wanted | {"consistency": "consistency", "rcm": "consistency"}
+
+
+@pytest.mark.parametrize("name, processes", [("tiny", 1), ("tiny-causal", 2)])
+def test_clips_of_the_average_and_of_the_raw_weights_while_training(story, name, processes, tmp_path, alone):
+    """They change nothing of the run; those of the average are what its exported model makes."""
+    causal = "causal-" if "causal" in name else ""
+    options = ["flowmap", "--preset", name, "--init", story[f"{causal}teacher"], *TWICE, *BRIEF]
+    (torchrun if processes > 1 else run)(*options, "--sample-every", "2", "--out", tmp_path / "out")
+    made, wanted = weights(tmp_path / "out"), weights(story[f"{causal}forward"])
+    assert all((made[key] - wanted[key]).abs().max() < 1e-5 for key in wanted)
+    folder = tmp_path / "out" / "samples"
+    names = [f"step-000000{step}-{kind}" for step in (2, 4) for kind in ("average", "raw")]
+    assert {path.stem for path in folder.iterdir()} == {*names} and len([*folder.iterdir()]) == 8
+    clips = {name: load_file(folder / f"{name}.safetensors")["latents"] for name in names}
+    assert not torch.equal(clips[names[2]], clips[names[3]])
+    noise = torch.randn(2, 9, 3, 12, 12, generator=train.generator(0))
+    text = World().batch(range(2), 0)[1]
+    clip = sample.generate(Wan.from_pretrained(tmp_path / "out"), text, noise, 4)
+    assert (clip - clips[names[2]]).abs().max() < 1e-4
 
 
 @pytest.fixture
