@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
-from full.pixels import TextEncoder, read_video, save
+from full.hub import find
+from full.pixels import TextEncoder, clips_of, read_video, save
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 17
 SIZE = ["--frames", str(FRAMES), "--height", str(HEIGHT), "--width", str(WIDTH), "--steps", "2"]
@@ -82,7 +84,8 @@ def movie(path, frames=30, height=48, width=80, fps=16):
 def test_same_noise_same_video_as_the_published_pipelines(folder, pixels, guidance, tmp_path):
     """From a prompt with HTML and odd spaces, with and without guidance: pixels within one of 255."""
     pipe, path = folder
-    options = ["--guidance", guidance, "--negative", "the dog", "--padding", "--seed", 7]
+    negative = write(tmp_path / "negative.txt", "the dog")
+    options = ["--guidance", guidance, "--negative", f"@{negative}", "--padding", "--seed", 7]
     run("--model", path, "--prompt", PROMPT, *SIZE, *options, "--out", tmp_path / "a.gif")
     options = dict(num_frames=FRAMES, height=HEIGHT, width=WIDTH, num_inference_steps=2,
                    guidance_scale=guidance)
@@ -188,7 +191,53 @@ def test_a_video_is_read_at_the_rate_asked_for(tmp_path):
     assert cut == "48 x 48 of 80 x 48" and torch.equal(square, every[:3, :, :, 16:64])
 
 
+ROWS = [{"prompt_en": "a cat", "aug_prompt_en": "a very small cat"}, {"prompt_en": "b", "aug_prompt_en": "bb"}]
+
+
+@pytest.mark.parametrize("layout", ["lines", "list", "text"])
+@pytest.mark.parametrize("seeds", ["per-prompt", "running"])
+def test_prompts_of_vbench_name_a_clip_by_one_text_and_make_it_from_the_other(layout, seeds, tmp_path):
+    """Two clips of each, seeds from 7: anew for every prompt, or running over all samples."""
+    text = {"lines": "\n".join(map(json.dumps, ROWS)), "list": json.dumps(ROWS, indent=1), "text": "a cat\nb"}
+    options = ["--prompts", str(write(tmp_path / "p", text[layout])), "--per-prompt", "2", "--seeds", seeds]
+    clips = clips_of(sample.parse([*options, "--seed", "7", "--out", str(tmp_path / "o")]), [".gif"])
+    key = "prompt_en" if layout == "text" else "aug_prompt_en"
+    wanted = [(row[key], seed, tmp_path / "o" / f"{row['prompt_en']}-{i}")
+              for row, pair in zip(ROWS, [(7, 8), (9, 10) if seeds == "running" else (7, 8)])
+              for i, seed in enumerate(pair)]
+    assert clips == wanted
+
+
+def test_names_that_are_no_folders_are_looked_for_on_the_hub(tmp_path, monkeypatch):
+    """AUTHOR/MODEL with its revision; a folder of that name comes first; no network or package: a sentence."""
+    hub = SimpleNamespace(asked=[])
+
+    def download(name, revision, allow_patterns):
+        hub.asked.append((name, revision))
+        if "none" in name:
+            raise OSError("cannot reach the hub\nmore of it")
+        return str(tmp_path / "cache")
+
+    hub.snapshot_download = download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nvidia" / "here").mkdir(parents=True)
+    assert find("nvidia/here") == Path("nvidia/here") and find("/no/folder") == Path("/no/folder")
+    assert find("nvidia/AnyFlow", "main") == tmp_path / "cache" and hub.asked == [("nvidia/AnyFlow", "main")]
+    for name, module in (("nvidia/none", hub), ("nvidia/other", None)):
+        monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+        with pytest.raises(SystemExit, match=f"no folder {name}") as refusal:
+            run("--model", name)
+        assert "\n" not in str(refusal.value)
+
+
 BAD = {
+    "one column|prompt 1: aug_prompt_en is missing": lambda f, t: [
+        "--prompts", write(t / "p.json", json.dumps({"prompt_en": "a cat"})), "--out", t / "o"],
+    "a column of numbers|prompt 2: prompt_en is 3, expected text": lambda f, t: [
+        "--prompts", write(t / "p", json.dumps([ROWS[0], ROWS[1] | {"prompt_en": 3}])), "--out", t / "o"],
+    "half a list|is no JSON": lambda f, t: ["--prompts", write(t / "p", '[{"prompt_en": '), "--out", t / "o"],
+    "no negative|the file cannot be read": lambda f, t: ["--negative", f"@{t / 'none'}", "--out", t / "a.gif"],
     "no VAE|has no vae": lambda f, t: (shutil.rmtree(f / "vae"), ["--out", t / "a.gif"])[1],
     "no tokenizer|has no tokenizer": lambda f, t: (shutil.rmtree(f / "tokenizer"), ["--out", t / "a.gif"])[1],
     "no prompts|has no prompt, expected": lambda f, t: [
