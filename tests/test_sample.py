@@ -191,7 +191,7 @@ def test_a_video_is_read_at_the_rate_asked_for(tmp_path):
     assert cut == "48 x 48 of 80 x 48" and torch.equal(square, every[:3, :, :, 16:64])
 
 
-ROWS = [{"prompt_en": "a cat", "aug_prompt_en": "a very small cat"}, {"prompt_en": "b", "aug_prompt_en": "bb"}]
+ROWS = [{"prompt_en": "a cat", "aug_prompt_en": "a very small cat"}, {"prompt_en": "b", "aug_prompt_en": "c"}]
 
 
 @pytest.mark.parametrize("layout", ["lines", "list", "text"])
@@ -209,7 +209,7 @@ def test_prompts_of_vbench_name_a_clip_by_one_text_and_make_it_from_the_other(la
 
 
 def test_names_that_are_no_folders_are_looked_for_on_the_hub(tmp_path, monkeypatch):
-    """AUTHOR/MODEL with its revision; a folder of that name comes first; no network or package: a sentence."""
+    """AUTHOR/MODEL with its revision; a folder of that name comes first; no network or package: told."""
     hub = SimpleNamespace(asked=[])
 
     def download(name, revision, allow_patterns):
@@ -237,7 +237,7 @@ BAD = {
     "a column of numbers|prompt 2: prompt_en is 3, expected text": lambda f, t: [
         "--prompts", write(t / "p", json.dumps([ROWS[0], ROWS[1] | {"prompt_en": 3}])), "--out", t / "o"],
     "half a list|is no JSON": lambda f, t: ["--prompts", write(t / "p", '[{"prompt_en": '), "--out", t / "o"],
-    "no negative|the file cannot be read": lambda f, t: ["--negative", f"@{t / 'none'}", "--out", t / "a.gif"],
+    "no negative|the file cannot be read": lambda f, t: ["--negative", f"@{t / 'n'}", "--out", t / "a.gif"],
     "no VAE|has no vae": lambda f, t: (shutil.rmtree(f / "vae"), ["--out", t / "a.gif"])[1],
     "no tokenizer|has no tokenizer": lambda f, t: (shutil.rmtree(f / "tokenizer"), ["--out", t / "a.gif"])[1],
     "no prompts|has no prompt, expected": lambda f, t: [
