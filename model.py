@@ -324,8 +324,7 @@ def rope_axis(dim, start, count, cell, device):
 PAST, NOISY, CLEAN = range(3)
 
 def chunk_mask(chunks, window, full, compressed, clean, device):
-    """The mask above, over the tokens of [past | noisy window | clean window]: bool (N, N), a BlockMask on a
-    GPU.
+    """The mask above over [past | noisy window | clean window]: bool (N, N), on a GPU a BlockMask.
 
     chunks: frames of each, the last `window` of them at full resolution. full, compressed: tokens a frame.
     Without clean copies, noisy tokens see the noisy tokens of earlier chunks.
@@ -508,17 +507,20 @@ class Wan(nn.Module):
 
     @torch.no_grad()
     def extend(self, cache, chunk, text):
-        """Commit a finished chunk (B, f, C, H, W): encode it at t = r = 0, add it to the cache in place."""
-        self._check(chunk, text, None, None, cache)
-        text = self.embed_text(text) if torch.is_tensor(text) else text
-        cache.window.append(chunk)
-        new = [chunk]
-        if len(cache.window) >= self.config.full_chunk_limit:
-            cache.forget_full_resolution()
-            self._commit(cache, cache.window.pop(0), text, compressed=True)
-            new = cache.window
+        """Commit a finished chunk (B, f, C, H, W), or a list: encode at t = r = 0, return the grown cache."""
+        new = [chunk] if torch.is_tensor(chunk) else chunk
         for chunk in new:
+            self._check(chunk, text, None, None, cache)
+        text = self.embed_text(text) if torch.is_tensor(text) else text
+        window, leave = cache.window + new, len(cache.window + new) + 1 - self.config.full_chunk_limit
+        old, cache.window = window[: max(0, leave)], window[max(0, leave) :]
+        if old:
+            cache.forget_full_resolution()
+        for chunk in old:
+            self._commit(cache, chunk, text, compressed=True)
+        for chunk in cache.window if old else new:
             self._commit(cache, chunk, text)
+        return cache
 
     def _commit(self, cache, chunk, text, compressed=False):
         zero = chunk.new_zeros(len(chunk), 1, dtype=torch.float32)
@@ -546,11 +548,9 @@ class Wan(nn.Module):
         if batch != len(z):
             raise ValueError(f"text has a batch of {batch}, expected {len(z)} as the video")
 
-    # Folders in the layout of diffusers: config.json and safetensors, whole or in shards with an index.
-
     @classmethod
     def from_pretrained(cls, folder, kind=None, dtype=None, device="cpu", **new):
-        """Load a folder, or its subfolder `transformer`.
+        """Load a folder in the layout of diffusers, or its subfolder `transformer`.
 
         kind: "anyflow" or "causal" to start a student from a teacher, or a causal model from a bidirectional
         one, or the other way. At r = t, on a whole video, it computes what the folder's model does (not with

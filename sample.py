@@ -28,17 +28,7 @@ from full.compile import compile_blocks
 from full.files import provenance, read_tensors
 from full.hub import find
 from full.options import command, device_of, positive, reason
-from full.pixels import (
-    FORMATS,
-    Published,
-    check_writer,
-    clips_of,
-    finite,
-    read_image,
-    read_video,
-    save,
-    text_of,
-)
+from full.pixels import FORMATS, Published, check_writer, clips_of, context_of, finite, save, text_of
 from model import Wan
 from toy import world
 
@@ -225,31 +215,6 @@ def parse(argv):
     if not 0 <= args.guidance < math.inf:
         parser.error(f"--guidance is {args.guidance}, expected a number of at least 0")
     return args
-
-def context_of(args, config, shape, parts):
-    """Latents (1, f, C, h, w) that --context, --image or --video gives for every clip, or None."""
-    if args.context:
-        return read_tensors(args.context, "latents")["latents"]
-    if not args.image and not args.video:
-        return None
-    if isinstance(parts, Tiny):
-        raise ValueError("--image and --video need a published folder, found a model of the tiny world")
-    height, width = (side * parts.stride[1] for side in shape[2:])
-    if args.image:
-        video, used = read_image(args.image, height, width)
-    else:
-        chunks = args.chunks or config.chunk_partition if config.kind == "causal" else (1,) * shape[0]
-        ends = [sum(chunks[:i]) for i in range(1, len(chunks))]
-        ends = [parts.stride[0] * (end - 1) + 1 for end in ends if end < shape[0]] or [1]
-        frames = args.given or max(end for end in ends if end <= 25 or end == ends[0])
-        if frames not in ends:
-            some = f"{', '.join(map(str, ends[:3]))}{', ...' * (len(ends) > 3)}"
-            raise ValueError(f"{frames} frames of --video are given, expected {some} where a chunk ends")
-        video, used = read_video(args.video, frames, height, width)
-    if used:
-        name = args.image or args.video
-        print(f"{name}: of another aspect than {width} x {height}, used the middle, {used}")
-    return parts.latents(video)
 
 def latent_shape(args, config, made, stride):
     """(F, C, h, w) for --frames, --height and --width in pixels, or what the model was trained for."""

@@ -12,12 +12,12 @@ from the newest, on a CPU bit for bit. Under torchrun the networks are sharded (
 """
 
 import argparse
+import functools
 import gc
 import json
 import math
 import os
 import time
-from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,6 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import anyflow
@@ -36,7 +37,7 @@ from full.files import STAGES, read_lines, write
 from full.folders import base_of, from_folders
 from full.hub import find
 from full.options import add_options, check, command, option, positive
-from full.parallel import TRAINED, assemble, main_process, place, start_processes, trained, whole
+from full.parallel import TRAINED, Means, assemble, main_process, place, start_processes, trained, whole
 from full.pixels import save
 from toy import plots
 from toy.world import WORLDS, enlarge
@@ -79,6 +80,8 @@ class Recipe:
     # stage 2
     rollout: str = option("flowmap", "consistency: for the baseline", choices=("flowmap", "consistency"))
     rollout_steps: tuple = option((2, 4, 8, 16, 50), "numbers of steps N, one drawn for each step", low=1)
+    grad_chunks: int = option(0, "causal: how many chunks of a rollout have a gradient; 0: all", low=0)
+    recompute_rollout: bool = option(True, "make a rollout again, part by part, to go back through it")
     dmd: float = option(1.0, "weight of DMD beside the loss of stage 1", low=0)
     dmd_guidance: float = option(4.0, "of the judge: the release's x0_cond + 3 (x0_cond - x0_null)", low=0)
     fake_lr: float = option(2e-6, "learning rate of the fake score", above=0)
@@ -102,7 +105,8 @@ WAN["onpolicy"] = dict(steps=1200, lr=2e-6, beta1=0.0, beta2=0.999, warmup=0, em
 WAN_14B = {stage: dict(steps=4000, batch=16) | changes for stage, changes in WAN.items()}
 
 SMALL = dict(beta2=0.99, warmup=100, decay=0.3, ema=0.998, ema_start=0, ema_ramp=True, guidance=1.0,
-             target="teacher", eps=0.02, lora=0, dtype="float32", checkpointing="none", compile=False)
+             target="teacher", eps=0.02, lora=0, dtype="float32", checkpointing="none", compile=False,
+             recompute_rollout=False)
 TINY = {
     "teacher": SMALL | dict(steps=8000, lr=3e-3, own_times=0.5),
     "flowmap": SMALL | dict(steps=4000, lr=1e-3, batch=16),
@@ -198,8 +202,7 @@ class Clips:
         """The student's own frames x_hat, with gradient through every jump (of consistency: the last), and
         what `anyflow.on_policy_step` asks for with it.
 
-        A causal model makes them chunk by chunk as when sampling: each by the simulation, then, without
-        gradient, into the cache that the next chunk sees.
+        A causal model makes them as when sampling, see `chunk_by_chunk`.
         """
         recipe, size, common = self.recipe, self.recipe.batch, batch.common
         t = anyflow.shift_time(batch.here(torch.rand(size, generator=common)), recipe.shift)
@@ -211,16 +214,15 @@ class Clips:
         simulation = anyflow.consistency_simulation if baseline else anyflow.backward_simulation
 
         cond, frames = dict(text=batch.text), batch.frames if causal_judge else slice(self.shape[0])
+        # Recomputed: a whole clip jump by jump, chunks each with all its jumps.
+        by_jump = recipe.recompute_rollout and not self.causal
+        network = functools.partial(checkpoint, student, use_reentrant=False) if by_jump else student
+        simulate = lambda noise, **past: simulation(network, noise, grid, k, text=batch.text, **past)
         if self.causal:
             chunks = batch.cond["chunks"] if causal_judge else self.config.chunk_partition
-            cache, made = student.new_cache(), []
-            for part in batch.clip_noise[:, : frames.stop].split(chunks, 1):
-                made.append(simulation(student, part, grid, k, text=batch.text, cache=cache))
-                if len(made) < len(chunks):
-                    student.extend(cache, made[-1].detach(), batch.text)
-            x_hat = torch.cat(made, 1)
+            x_hat = self.chunk_by_chunk(student, simulate, batch, chunks)
         else:
-            x_hat = simulation(student, batch.clip_noise, grid, k, text=batch.text)
+            x_hat = simulate(batch.clip_noise)
         if causal_judge:
             cond |= dict(clean=x_hat.detach(), chunks=chunks)
         x_hat = x_hat[:, frames]
@@ -233,6 +235,30 @@ class Clips:
 
         of_dmd = dict(t=t, noise=noise[:, frames], guidance=recipe.dmd_guidance, null=batch.null)
         return x_hat, of_dmd, of_fake, cond
+
+    def chunk_by_chunk(self, student, simulate, batch, chunks):
+        """A causal student's frames. Each chunk is made by `simulate`, then goes, without gradient, into the
+        cache that the next one sees. So chunks are independent, once their frames are known: the backward
+        pass can make each again, with a cache of those before it, and needs one chunk's memory; and the
+        gradient of some, drawn anew in each step and scaled, is in the mean that of all.
+        """
+        cache, made, finished, kept = student.new_cache(), [], [], self.recipe.grad_chunks or len(chunks)
+        order = torch.randperm(len(chunks), generator=batch.common) if kept < len(chunks) else range(kept)
+
+        def jumps(noise, caches, finished):  # the first time with the running cache, then with a new one
+            past = caches.pop() if caches else student.extend(student.new_cache(), finished, batch.text)
+            return simulate(noise, cache=past)
+
+        for i, noise in enumerate(batch.clip_noise[:, : sum(chunks)].split(chunks, 1)):
+            inputs = noise, [cache], [*finished]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i in order[:kept]):
+                again = self.recipe.recompute_rollout and torch.is_grad_enabled()
+                made.append(checkpoint(jumps, *inputs, use_reentrant=False) if again else jumps(*inputs))
+            finished.append(made[-1].detach())
+            if i + 1 < len(chunks):
+                student.extend(cache, finished[-1], batch.text)
+        x_hat, scale = torch.cat(made, 1), max(1.0, len(chunks) / kept)
+        return x_hat if scale == 1 else x_hat.detach() + scale * (x_hat - x_hat.detach())
 
 def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -322,20 +348,6 @@ def learning_rate_at(step, recipe):
     """A share of its highest value: it rises over `warmup` steps, falls over the last `decay` of all."""
     left = (recipe.steps - step) / (recipe.decay * recipe.steps) if recipe.decay else 1.0
     return min(1.0, (step + 1) / max(1, recipe.warmup), left)
-
-class Means:
-    """What a step measures, by name: means over its micro-batches and over all processes."""
-
-    def __init__(self):
-        self.sums, self.norms = defaultdict(lambda: 0), {}
-
-    def add(self, name, values):
-        self.sums[name] = self.sums[name] + torch.stack([values.sum(), values.new_tensor(len(values))])
-
-    def read(self):
-        """{name: mean}; a name without any value is left out."""
-        rows = anyflow.sum_over_processes(torch.stack([*self.sums.values()])).tolist()
-        return {name: total / count for name, (total, count) in zip(self.sums, rows) if count}
 
 
 # ---- Networks and command line ---------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections import defaultdict
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+import anyflow
 from full.compile import compile_blocks
 from full.lora import BODY, STUDENT, LoRALinear, add_lora
 from full.options import device_of
@@ -52,6 +54,20 @@ def whole(x):
 
 def trained(net):
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+class Means:
+    """What a step measures, by name: means over its micro-batches and over all processes."""
+
+    def __init__(self):
+        self.sums, self.norms = defaultdict(lambda: 0), {}
+
+    def add(self, name, values):
+        self.sums[name] = self.sums[name] + torch.stack([values.sum(), values.new_tensor(len(values))])
+
+    def read(self):
+        """{name: mean}; a name without any value is left out."""
+        rows = anyflow.sum_over_processes(torch.stack([*self.sums.values()])).tolist()
+        return {name: total / count for name, (total, count) in zip(self.sums, rows) if count}
 
 def mesh_of_nodes(kind):
     """All processes in a row, or, where there are several nodes, in a row for each; None without a group."""

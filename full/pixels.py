@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
-from full.files import read_json, write
+from full.files import read_json, read_tensors, write
 from full.options import check, option, reason
 
 FPS = 16  # of Wan
@@ -320,3 +320,28 @@ def clips_of(args, formats):
     if len(missing) < len(clips):
         print(f"{len(clips) - len(missing)} of {len(clips)} are there already, made with whatever settings")
     return missing
+
+def context_of(args, config, shape, parts):
+    """Latents (1, f, C, h, w) that --context, --image or --video gives for every clip, or None."""
+    if args.context:
+        return read_tensors(args.context, "latents")["latents"]
+    if not args.image and not args.video:
+        return None
+    if not isinstance(parts, Published):
+        raise ValueError("--image and --video need a published folder, found a model of the tiny world")
+    height, width = (side * parts.stride[1] for side in shape[2:])
+    if args.image:
+        video, used = read_image(args.image, height, width)
+    else:
+        chunks = args.chunks or config.chunk_partition if config.kind == "causal" else (1,) * shape[0]
+        ends = [sum(chunks[:i]) for i in range(1, len(chunks))]
+        ends = [parts.stride[0] * (end - 1) + 1 for end in ends if end < shape[0]] or [1]
+        frames = args.given or max(end for end in ends if end <= 25 or end == ends[0])
+        if frames not in ends:
+            some = f"{', '.join(map(str, ends[:3]))}{', ...' * (len(ends) > 3)}"
+            raise ValueError(f"{frames} frames of --video are given, expected {some} where a chunk ends")
+        video, used = read_video(args.video, frames, height, width)
+    if used:
+        name = args.image or args.video
+        print(f"{name}: of another aspect than {width} x {height}, used the middle, {used}")
+    return parts.latents(video)

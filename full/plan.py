@@ -127,7 +127,8 @@ class OnMeta(torch.nn.Module):
 
     def extend(self, cache, chunk, text):
         self.cost.mark()
-        self.net.extend(cache, self.enter(chunk), self.prompt(text))
+        chunks = [chunk] if torch.is_tensor(chunk) else chunk
+        return self.net.extend(cache, [self.enter(chunk) for chunk in chunks], self.prompt(text))
 
     def visible(self, chunks, clean, block=128):
         """Tokens of causal training, and the share of their pairs that flex attention computes in blocks."""
@@ -303,8 +304,9 @@ def cost_of_training(stage, recipe, config, shape, gpus, per_node=8):
     if beside == "consistency":
         on_policy, peak = step(stage, window, steps=8)
     else:
-        one, _ = step(stage, window, depths=(1, 2), rollout_steps=(1,))
-        three, peak = step(stage, window, rollout_steps=(10**6,))
+        draws = 8 if causal and 0 < recipe.grad_chunks < most else 1  # of the chunks that have a gradient
+        one, _ = step(stage, window, steps=draws, depths=(1, 2), rollout_steps=(1,))
+        three, peak = step(stage, window, steps=draws, rollout_steps=(10**6,))
         on_policy = one + (three - one) * statistics.mean(1 - 1 / n for n in recipe.rollout_steps)
     parts["rollout"] = max(0, peak - parts["activations"])
     return flops + on_policy - step(beside, window, depths=(1, 2))[0], parts

@@ -273,7 +273,7 @@ def test_lora_starts_at_the_model_trains_little_and_merges_on_save(tmp_path):
     z, text = draw("z", 1, 3, 4, 8, 12), draw("text", 1, 5, 12)
     before = model(z, 0.7, 0.2, text).detach()
     names = set(model.state_dict())
-    lora = add_lora(copy.deepcopy(model), rank=4, alpha=8)
+    lora = add_lora(copy.deepcopy(model), rank=4)
     assert torch.equal(lora(z, 0.7, 0.2, text).detach(), before)
     trained = {name for name, p in lora.named_parameters() if p.requires_grad}
     assert all("lora_" in name or name.startswith("far_patch_embedding") for name in trained)
@@ -427,8 +427,8 @@ BAD_CALLS = {
     "context has shape": lambda m, z, x: sample.generate(m, x, z, 1, context=z[:, :1, :2]),
     "steps is 0": lambda m, z, x: sample.generate(m, x, z, 0),
     "needs the null prompt": lambda m, z, x: sample.generate(m, x, z, 1, guidance=2.0),
-    "rank 0": lambda m, z, x: add_lora(m, 0, 1),
-    "has a LoRA already": lambda m, z, x: add_lora(add_lora(m, 1, 1), 1, 1),
+    "rank 0": lambda m, z, x: add_lora(m, 0),
+    "has a LoRA already": lambda m, z, x: add_lora(add_lora(m, 1), 1),
     "only with `chunks`": lambda m, z, x: m(z, 0.5, 0.1, x, clean=z),
     "or `cache`": lambda m, z, x: m(z, 0.5, 0.1, x, chunks=(1, 2), cache=m.new_cache()),
     "batch of 2": lambda m, z, x: m(z, 0.5, 0.1, torch.cat([x, x])),

@@ -1,5 +1,6 @@
 """The training loop: that it resumes exactly, that processes share a batch, and what it says to bad input."""
 
+import itertools
 import json
 import math
 import os
@@ -178,6 +179,7 @@ def test_two_processes_are_one(story, stage, tmp_path, alone):
     else:
         options = ["--preset", "tiny-causal", "--init", story["causal-forward"], "--steps", "3", *BRIEF]
         options += ["--teacher", story["causal-teacher"], "--judge", story["teacher"]]
+        options += ["--recompute-rollout", "true", "--checkpointing", "full", "--fake-samples", "fresh"]
     options = [stage, *options]
     run(*options, "--out", tmp_path / "one")
     torchrun(*options, "--out", tmp_path / "two")
@@ -229,13 +231,53 @@ def test_accumulation_is_a_larger_batch(story, parts, tmp_path):
         assert all(abs(a[key] - b[key]) < 1e-5 * max(1, abs(a[key])) for key in a)
 
 
+def gradients_of_a_rollout(kind, judge="teacher", **changes):
+    """x_hat and the gradient of a random linear function of it, by a student of random weights."""
+    config, shape = preset("tiny-causal" if kind == "causal" else "tiny")
+    torch.manual_seed(0)
+    student, judge = Wan(config), Wan(replace(config, kind=judge, num_layers=1))
+    recipe = train.recipe_of("tiny", "onpolicy", dict(batch=2, rollout_steps=(4,)) | changes)
+    student.checkpointing = recipe.checkpointing
+    clips = train.Clips(World(), recipe, config, shape, torch.device("cpu"), 3)
+    x_hat = clips.rollout(student, judge, clips.batch(0, 0))[0]
+    direction = torch.randn(x_hat.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad((x_hat * direction).sum(), list(student.parameters()), allow_unused=True)
+    return x_hat.detach(), [torch.zeros(1) if g is None else g for g in grads]
+
+
+@pytest.mark.parametrize("kind, judge", [("anyflow", "teacher"), ("causal", "teacher"), ("causal", "causal")])
+@pytest.mark.parametrize("changes", [{}, dict(checkpointing="full"), dict(checkpointing="selective"),
+                                     dict(rollout="consistency")], ids=str)
+def test_a_rollout_made_again_part_by_part_has_the_same_gradients(kind, judge, changes):
+    """Whole clips jump by jump, chunks with a cache made again, over blocks that recompute too."""
+    simulation = {key: value for key, value in changes.items() if key == "rollout"}
+    x, kept = gradients_of_a_rollout(kind, judge, recompute_rollout=False, **simulation)
+    y, again = gradients_of_a_rollout(kind, judge, recompute_rollout=True, **changes)
+    assert torch.equal(x, y)
+    assert all((a - b).norm() <= 1e-6 * a.norm() for a, b in zip(kept, again))
+
+
+def test_gradient_through_some_chunks_is_in_the_mean_that_through_all(monkeypatch):
+    """Over all ten choices of two of five chunks: their mean is the whole gradient, each has x_hat itself."""
+    x, whole = gradients_of_a_rollout("causal")
+    chosen, total = [*itertools.combinations(range(5), 2)], 0
+    for pair in chosen:
+        order = torch.tensor([*pair, *({0, 1, 2, 3, 4} - {*pair})])
+        monkeypatch.setattr(train.torch, "randperm", lambda n, generator, order=order: order)
+        y, part = gradients_of_a_rollout("causal", grad_chunks=2, recompute_rollout=True)
+        assert torch.equal(x, y)
+        total = [a + b / len(chosen) for a, b in zip(total, part)] if total else [b / 10 for b in part]
+    assert all((a - b).norm() <= 1e-5 * a.norm() for a, b in zip(whole, total))
+
+
 @pytest.mark.parametrize("stage", ["flowmap", "onpolicy"])
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_plan_is_what_a_step_takes(stage, checkpointing):
     """On the meta device as in a real step: FLOPs (1 %) and, by torch's profiler, peak memory (15 %); with
     rollout, derivative, LoRA and recomputation."""
     config, shape = preset("tiny")
-    changes = dict(batch=8, target="data", lora=4, merge=True, rollout_steps=(8,), fake_samples="fresh")
+    changes = dict(batch=8, target="data", lora=4, merge=True, rollout_steps=(8,), fake_samples="fresh",
+                   recompute_rollout=checkpointing == "full")
     recipe = train.recipe_of("tiny", stage, changes | dict(checkpointing=checkpointing))
     runs = [plan.steps_on_meta(stage, recipe, config, shape, layers, text_length=4) for layers in (1, 2, 3)]
     flops, peak = plan.at_depth(config.num_layers, *runs)
