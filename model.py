@@ -233,12 +233,12 @@ class Block(nn.Module):
         policy = dict(context_fn=keep_self_attention) if checkpointing == "selective" else {}
         return checkpoint(self.compute, x, *inputs, use_reentrant=False, preserve_rng_state=False, **policy)
 
-    def compute(self, x, modulation, spans, rope, text, past=None, mask=None, blank=0, keep=False):
+    def compute(self, x, modulation, spans, rope, text, k_past, v_past, mask=None, blank=0, keep=False):
         """The block on tokens x (B, N, width), returned in that shape; with keep also their keys and values.
 
         modulation: (B, f, 6, width). spans: (frames, tokens a frame) of each group. rope: of `rotate`. text:
-        embedded (B, L, width), or its keys and values. past: cached keys and values, which come before x's.
-        blank: how many keys and values of zero come after them.
+        embedded (B, L, width), or its keys and values. k_past, v_past: a cache's, before x's, or None (not in
+        a tuple, of which a checkpoint never lets go). blank: how many keys and values of zero come last.
         """
         m = (self.scale_shift_table + modulation.float()).unbind(2)  # shift, scale, gate; shift, scale, gate
 
@@ -246,8 +246,8 @@ class Block(nn.Module):
         k, v = self.attn1.key_value(h)
         k = rotate(k, rope)
         made = (k, v) if keep else None
-        if past is not None:
-            k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
+        if k_past is not None:
+            k, v = torch.cat([k_past, k], 1), torch.cat([v_past, v], 1)
         if blank:
             k, v = (F.pad(y, (0, 0, 0, 0, 0, blank)) for y in (k, v))
         x = gated(x, self.attn1.attend(rotate(self.attn1.query(h), rope), k, v, mask), m[2], spans)
@@ -466,9 +466,9 @@ class Wan(nn.Module):
         rope, spans = torch.cat([g.rope for g in groups]), [g.span for g in groups]
         for i, block in enumerate(self.blocks):
             prompt = text if torch.is_tensor(text) else text[i]
-            of_block = past[i] if past else None
-            inputs = modulation, spans, rope, prompt, of_block, mask, blank, keep is not None
-            x = block(x, *inputs, checkpointing=self.checkpointing if torch.is_grad_enabled() else "none")
+            inputs = modulation, spans, rope, prompt, *(past[i] if past else (None, None)), mask, blank
+            checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
+            x = block(x, *inputs, keep is not None, checkpointing=checkpointing)
             if keep is not None:
                 x, made = x
                 keep.append(made)
