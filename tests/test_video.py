@@ -3,9 +3,23 @@
 import pytest
 import torch
 
+from anyflow import time_grid
 from full.data import Shards
 from toy.video import write_shards
-from toy.world import SIZE, WORLDS, describe, embed, frechet, mask, nearest, parse_prompt, score, track, wrap
+from toy.world import (
+    PAINT,
+    SIZE,
+    WORLDS,
+    describe,
+    embed,
+    frechet,
+    mask,
+    nearest,
+    parse_prompt,
+    score,
+    track,
+    wrap,
+)
 
 WORDS = ("colour", "shape", "direction", "speed")
 
@@ -16,8 +30,7 @@ def world(request):
 
 
 def clips(world, n=48, seed=1):
-    labels, start = world.draw(range(n), seed)
-    return world.render(labels, start), labels, start
+    return world.clips(range(n), seed)
 
 
 def test_world_repeats_by_number(world):
@@ -56,13 +69,15 @@ def test_real_clips_score_perfectly(world):
     scores = score(x, labels, world)
     assert scores["distance"] < 0.02 and scores["frechet"] < 1.5 and abs(scores["diversity"] - 1) < 0.1
     assert all(scores[key] == 1 for key in ("sharp", "physics", *WORDS))
+    if world.stars:
+        assert scores["star rate"] == pytest.approx(world.stars, abs=0.002) and scores["star grain"] < 1e-6
 
 
 def test_tracker_finds_the_start_and_every_centre(world):
     x, labels, start = clips(world)
     found, _ = nearest(x, labels, world)
     assert wrap(found - start).norm(dim=1).max() < 0.1
-    colour, shape, centre, error = track(x + 0.1 * torch.randn_like(x))
+    colour, shape, centre, error = track(x + 0.1 * torch.randn_like(x), world.stars)
     assert torch.equal(colour, labels[:, 0]) and torch.equal(shape, labels[:, 1])
     assert wrap(centre - start[:, None] - world.offsets(labels)).norm(dim=2).max() < 0.5
 
@@ -97,6 +112,130 @@ def test_tracker_fails_broken_clips_where_it_should(how, failing, passing):
     assert scores["distance"] > 0.5
     assert all(scores[key] < 0.1 for key in failing), scores
     assert all(scores[key] > 0.95 for key in passing), scores
+
+
+def test_stars_are_anew_in_each_frame_and_behind_the_object():
+    """A share of 0.06 of the background, independent from frame to frame, white; none where the object is."""
+    world = WORLDS["stars"]
+    x, labels, start = clips(world, 200)
+    covered = world.covered(labels, start)
+    star = (x == 1).all(2)
+    ground = covered == 0
+    assert abs(star[ground].float().mean() - 0.06) < 0.002 and not (star & (covered == 1)).any()
+    both = ground[:, 1:] & ground[:, :-1]
+    assert abs((star[:, 1:] & star[:, :-1])[both].float().mean() - 0.06**2) < 0.001
+    assert torch.equal(world.render(labels, start), clips(WORLDS["torus"], 200)[0])  # the objects are the same
+
+
+@pytest.mark.parametrize("how, failing", [
+    ("missing", dict(rate=0.0)), ("too many", dict(rate=0.12)), ("grey", dict(grain=0.4 * 0.06**0.5)),
+    ("faint", dict(rate=0.0, grain=0.4 * 0.06**0.5)), ("grain", dict(grain=0.1)), ("on the object", {}),
+    ("frozen", dict(rate=0.06)),
+])
+def test_tracker_sees_broken_stars(how, failing):
+    """Each way of breaking stars shows in its own score, and leaves what the object does as it was."""
+    world = WORLDS["stars"]
+    x, labels, start = clips(world)
+    plain, rest = world.render(labels, start), 1 - world.covered(labels, start)[:, :, None]
+    more = (torch.rand_like(rest) < 0.12).float()
+    y = {
+        "missing": plain,
+        "too many": plain + rest * more,
+        "grey": plain + 0.6 * (x - plain),
+        "faint": plain + 0.4 * (x - plain),
+        "grain": x + 0.1 * rest * torch.randn_like(x),
+        "on the object": torch.where((more > 0) & (rest < 1), 1.0, x),
+        "frozen": plain + rest * more[:, :1],
+    }[how]
+    scores = score(y, labels, world)
+    wanted = dict(rate=world.stars, grain=0.0) | failing | (dict(rate=0.12) if how == "frozen" else {})
+    assert scores["star rate"] == pytest.approx(wanted["rate"], abs=0.003)
+    assert scores["star grain"] == pytest.approx(wanted["grain"], rel=0.1, abs=1e-6)
+    assert (scores["distance"] > 0.2) == (how == "on the object")
+    assert all(scores[key] == 1 for key in ("physics", *WORDS))
+
+
+def test_nearest_clip_is_exact_under_stars():
+    """Of clips with every kind of error the distance is what a search over starts and stars by hand finds."""
+    world = WORLDS["stars-gravity"]
+    x, labels, start = clips(world, 6)
+    x = x + 0.3 * torch.randn_like(x)
+    found, distance = nearest(x, labels, world)
+    covered = world.covered(labels, found)
+    plain = world.render(labels, found)[:, :, :, None]
+    both = torch.cat([plain, plain + (1 - covered)[:, :, None, None]], 3)  # (B, F, 3, 2, 12, 12)
+    squared = (x[:, :, :, None] - both).square().sum(2).amin(2).sum((1, 2, 3))
+    energy = plain.square().sum((1, 2, 3, 4, 5))
+    assert torch.allclose(distance, (squared / energy).sqrt(), atol=1e-5)
+    assert wrap(found - start).norm(dim=1).max() < 0.15
+
+
+def brute_force(world, z, t, label, around, half, n):
+    """E[eps - x | z] of one clip by n x n starts of equal weight in around +- half; x drawn by `render`."""
+    axis = ((torch.arange(n) + 0.5) / n * 2 - 1).double() * half
+    starts = around + torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)
+    total, mean, best = 0.0, 0.0, -torch.inf
+    for some in starts.split(256):
+        labels = label.expand(len(some), -1)
+        none = world.render(labels, some).double()
+        star = world.render(labels, some, stars=torch.ones(1)).double()
+        log_p = [torch.tensor(q).double().log() - (z - (1 - t) * x).square().sum(2) / (2 * t * t)
+                 for q, x in ((1 - world.stars, none), (world.stars, star))]
+        either = torch.logaddexp(*log_p)
+        x = none + (log_p[1] - either).exp()[:, :, None] * (star - none)
+        likely = either.sum((1, 2, 3))
+        now = max(best, likely.max().item())
+        scale, weight, best = torch.tensor(best - now).exp(), (likely - now).exp(), now
+        total = total * scale + weight.sum()
+        mean = mean * scale + torch.einsum("s,s...->...", weight, x)
+    return (z - mean / total) / t
+
+
+@pytest.mark.parametrize("t, half, n", [(1.0, SIZE / 2, 48), (0.95, SIZE / 2, 48), (0.7, 0.9, 64),
+                                        (0.3, 0.16, 48), (0.02, 0.008, 48)])
+def test_velocity_is_that_of_brute_force(world, t, half, n):
+    """To 1e-3 of the RMS, from noise, where the object may be anywhere, to where its place is 1e-3 pixels."""
+    x, labels, start = world.clips(range(3), seed=5)
+    z = ((1 - t) * x + t * torch.randn_like(x)).double()
+    v = world.velocity(z, t, labels)
+    for i in (0, 2):
+        exact = brute_force(world, z[i], t, labels[i], start[i].double(), half, n)
+        assert (v[i] - exact).square().mean().sqrt() < 1e-3 * exact.square().mean().sqrt()
+
+
+def test_velocity_at_pure_noise_is_to_the_prior_mean(world):
+    """At t = 1 nothing is known of the clip: E[x] is the coverage's mean over the torus, and stars behind."""
+    _, labels, _ = clips(world, 4)
+    z = torch.randn(4, *world.shape)
+    area = torch.stack([mask(SIZE * torch.rand(20000, 2), s.expand(20000)).mean() for s in labels[:, 1]])
+    mean = area[:, None] * PAINT[labels[:, 0]] + world.stars * (1 - area[:, None])
+    v = world.velocity(z, 1.0, labels)
+    assert torch.allclose(v, z - mean[:, None, :, None, None], atol=0.01)
+
+
+def test_velocity_is_a_regression_of_noise_minus_clip(world):
+    """E[(eps - x) v] = E[v v] at random times, also with times for each frame; nothing else is orthogonal."""
+    x, labels, _ = clips(world, 32)
+    for t in (torch.rand(32), torch.rand(32, world.frames)):
+        noise, time = torch.randn_like(x), t.reshape(32, -1, 1, 1, 1)
+        v = world.velocity((1 - time) * x + time * noise, t, labels)
+        product = (v * (noise - x - v)).mean((1, 2, 3, 4))
+        assert product.mean().abs() < 4 * product.std() / 32**0.5 and product.mean().abs() < 0.01
+        assert (v * (noise - x)).mean() > 1
+
+
+def test_exact_flow_ends_in_the_world(world):
+    """The ODE's end is a clip of the world; given all frames but the last at t = 0, their object goes on."""
+    labels = world.draw(range(2), seed=8)[0]
+    states = world.flow(torch.randn(2, *world.shape), time_grid(24, 4.0), labels)
+    scores = score(states[-1].float(), labels, world)
+    assert len(states) == 25 and scores["distance"] < 0.03 and scores.get("star grain", 0) < 0.02
+    x, labels, start = clips(world, 4)
+    t = torch.zeros(4, world.frames)
+    t[:, -1] = 1.0
+    last = (x - t[:, :, None, None, None] * world.velocity(x, t, labels))[:, -1]
+    assert torch.allclose(last, world.render(labels, start)[:, -1]
+                          + world.stars * (1 - world.covered(labels, start))[:, -1, None], atol=0.02)
 
 
 def test_prompts_decide_the_score():

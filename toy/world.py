@@ -1,9 +1,10 @@
 """A video world small enough to know everything about it, and a tracker that scores any clip by its laws.
 
 One shape of one colour moves over a torus (what leaves on the right comes back on the left) at constant
-speed, or, in a second world, falls. A prompt names colour, shape, direction and speed; all that it leaves
-open is where the object starts. So the distance from a clip to the nearest clip that the world could have
-made of its prompt is a minimum over two numbers, and no learned metric is needed.
+speed, or, in a second world, falls. A prompt names colour, shape, direction and speed, and leaves open where
+the object starts and, in the worlds with stars, which background pixels are one, drawn anew in each frame. So
+the distance from a clip to the nearest clip that the world could have made of its prompt is a minimum over
+two numbers, and no learned metric is needed; and the velocity that a perfect teacher would have is known.
 
 A clip is (F, 3, 12, 12): background 0, colours at -2 and 2, a unit of variance or so, as Wan's latents have.
 """
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-SIZE, AMPLITUDE = 12, 2.0
+SIZE, AMPLITUDE = 12, 2.0  # a star has the value 1 in every channel
 # No red beside green: told apart by colour-blind readers too.
 COLOURS = {"red": (1, -1, -1), "yellow": (1, 1, -1), "blue": (-1, -1, 1), "white": (1, 1, 1)}
 SHAPES = ("disc", "cross")
@@ -78,6 +80,7 @@ class World:
 
     colours: tuple = ("red", "yellow", "blue")
     gravity: float = 0.0  # downwards, in pixels a frame, each frame
+    stars: float = 0.0  # share of background pixels that are one
     frames: int = 9
 
     @property
@@ -97,6 +100,12 @@ class World:
         labels[:, 0] = torch.tensor([KINDS[0].index(colour) for colour in self.colours])[labels[:, 0]]
         return labels, u[:, 4:] * SIZE
 
+    def twinkle(self, positions, seed):
+        """Stars (B, F, 12, 12), 0 or 1, of clips by their place: numbers that follow those of `draw`."""
+        size = (self.frames, SIZE, SIZE)
+        u = [np.random.default_rng((seed, i)).random(6 + math.prod(size))[6:] for i in positions]
+        return (torch.from_numpy(np.stack(u)) < self.stars).float().unflatten(1, size)
+
     def offsets(self, labels, frames=None):
         """How far the object has come at each frame f, velocity f + gravity f (f + 1) / 2: (B, F, 2)."""
         f = torch.arange(frames or self.frames)[:, None]
@@ -104,28 +113,75 @@ class World:
         velocity = direction[labels[:, 2]] * speed[labels[:, 3], None]
         return velocity[:, None] * f + torch.tensor([0, self.gravity]) * f * (f + 1) / 2
 
-    def render(self, labels, start, frames=None):
-        """Clips (B, F, 3, 12, 12) of labels (B, 4) from start positions (B, 2)."""
-        covered = mask(start[:, None] + self.offsets(labels, frames), labels[:, 1:2])
-        return paint(covered, labels[:, 0])
+    def covered(self, labels, start, frames=None):
+        """Coverage (B, F, 12, 12) of labels (B, 4) from start positions (B, 2)."""
+        return mask(start[:, None] + self.offsets(labels, frames), labels[:, 1:2])
+
+    def render(self, labels, start, frames=None, stars=None):
+        """Clips (B, F, 3, 12, 12) of labels (B, 4) from start positions (B, 2), before stars (B, F, 12, 12)
+        or before none."""
+        covered = self.covered(labels, start, frames)
+        clips = paint(covered, labels[:, 0])
+        return clips if stars is None else clips + ((1 - covered) * stars)[:, :, None]
+
+    def clips(self, positions, seed):
+        """Clips (B, F, 3, 12, 12) by their place, with their labels (B, 4) and starts (B, 2)."""
+        labels, start = self.draw(positions, seed)
+        return self.render(labels, start, stars=self.twinkle(positions, seed)), labels, start
 
     def batch(self, positions, seed):
         """(B, F, 3, 12, 12) and text (B, 4, 32): what `train.py` asks of its data."""
-        labels, start = self.draw(positions, seed)
-        return self.render(labels, start), embed(labels)
+        clips, labels, _ = self.clips(positions, seed)
+        return clips, embed(labels)
+
+    def velocity(self, z, t, labels):
+        """The exact v = E[eps - x | z_t = z, prompt] (as z) of z (B, F, 3, 12, 12), labels (B, 4).
+
+        t: float, (B,), or (B, F) with frames at times of their own, those at 0 given. F may be fewer frames
+        than a clip has. See "The exact velocity". The error is below 1e-3 of the RMS.
+        """
+        # v = (z - E[x | z]) / t.
+        t = torch.as_tensor(t, dtype=torch.float64, device=z.device).clamp(1e-6, 1)
+        t = t.reshape(t.shape + (1,) * (2 - t.ndim)).expand(z.shape[:2])
+        x, y = torch.zeros(z.shape, dtype=torch.float64, device=z.device), z.double()
+        for shape in labels[:, 1].unique().tolist():
+            for rows in (labels[:, 1] == shape).nonzero()[:, 0].split(32):  # what a cache holds
+                x[rows] = Posterior(self, y[rows], t[rows], labels[rows]).mean()
+        return ((y - x) / t[:, :, None, None, None]).to(z.dtype)
+
+    def flow(self, z, grid, labels, substeps=1):
+        """Exact ODE states at the times of a grid that falls to 0, from z: (len(grid), B, F, 3, 12, 12).
+
+        RK4 in float64. The last step, to 0, is Euler's: it lands on E[x | z], which no longer moves there.
+        """
+        v, states = lambda z, t: self.velocity(z, t, labels), [z.double()]
+        for start, stop in zip(grid[:-1], grid[1:]):
+            y, times = states[-1], torch.linspace(start, stop, substeps + 1, dtype=torch.float64).tolist()
+            for t, r in zip(times[:-1], times[1:]):
+                h = r - t
+                k = k1 = v(y, t)
+                if r > 0:
+                    k2 = v(y + h / 2 * k1, t + h / 2)
+                    k3 = v(y + h / 2 * k2, t + h / 2)
+                    k = (k1 + 2 * k2 + 2 * k3 + v(y + h * k3, r)) / 6
+                y = y + h * k
+            states.append(y)
+        return torch.stack(states)
 
 def paint(covered, colour):
     """Coverage (B, F, 12, 12) in colours (B,) -> (B, F, 3, 12, 12)."""
     return covered[:, :, None] * PAINT[colour][:, None, :, None, None]
 
 WORLDS = {"torus": World(), "gravity": World(colours=tuple(COLOURS), gravity=0.5)}
+WORLDS |= {"stars": World(stars=0.06), "stars-gravity": World(tuple(COLOURS), gravity=0.5, stars=0.06)}
 
 def true_frames(name, prompt, frames, seed):
     """How a clip of the world of that name begins, (1, frames, 3, 12, 12). ValueError for no such world."""
     if name not in WORLDS:
         raise ValueError("--given needs --video, or a model of the tiny world and a --prompt")
-    world = WORLDS[name]
-    return world.render(torch.tensor([parse_prompt(prompt)]), world.draw(range(1), seed)[1])[:, :frames]
+    world, first = WORLDS[name], range(1)
+    label, start = torch.tensor([parse_prompt(prompt)]), world.draw(first, seed)[1]
+    return world.render(label, start, stars=world.twinkle(first, seed))[:, :frames]
 
 def rgb(clip):
     """(..., 3, H, W) in [-2, 2], background 0 -> (..., H, W, 3) in [0, 1]."""
@@ -135,6 +191,156 @@ def enlarge(clips, times=12):
     """Clips (B, F, 3, H, W) side by side, every pixel a square: uint8 (F, times H, B times W, 3)."""
     frames = np.concatenate(list(rgb(clips)), axis=2)
     return (255 * frames).round().astype(np.uint8).repeat(times, 1).repeat(times, 2)
+
+
+# ---- The exact velocity ----------------------------------------------------------------------------------
+#
+# Given the start p, pixels are independent, and each is one of two colours: with coverage m, m c or, with
+# probability q, m c + (1 - m). So, with s = (1 - t) / t and the sums C = c . z / t and Z = 1 . z / t over the
+# channels of a pixel, by Bayes
+#     log odds of a star    d(m) = log q/(1-q) + s (1-m) Z - s^2 (1-m) (3/2 (1-m) + m 1.c)
+#     log likelihood, relative to that of no object, sum over the pixels under the mask of
+#                           m s C - 6 s^2 m^2 + log[(1 + e^d(m)) / (1 + e^d(0))]
+# What is left is a posterior over p, in two dimensions and of a width of t / 30 pixels or so: cells of a grid,
+# each divided in four while it may hold something and is wide. Half a deviation is narrow enough; a smooth
+# posterior would do with one, but coverage has kinks.
+
+CELL, NARROW = 0.125, 0.65  # of the first grid, in pixels; of the last one, in deviations
+STARTS = torch.stack(torch.meshgrid(*2 * [(torch.arange(SIZE / CELL) + 0.5) * CELL], indexing="xy"), -1)
+STARTS = STARTS.flatten(0, 1)
+# How fast a frame changes as the object moves along an axis, |dx/dp|^2 at most, by shape. Times s^2, this is
+# the curvature of the log likelihood.
+SLOPES = torch.tensor([100.0, 160.0])
+NEGLIGIBLE = 10.0  # what is less likely than the best by exp of this is left out
+
+class Posterior:
+    """Of start and stars, given noisy clips z (B, F, 3, 12, 12) at times t (B, F), all of one shape."""
+
+    def __init__(self, world, z, t, labels):
+        self.shape, frames, s = labels[0, 1], z.shape[1], (1 - t) / t
+        # Roll whole pixels back, so that in all frames the object is where it started, or half a pixel off.
+        offset = world.offsets(labels, frames)
+        whole = offset.floor().long()
+        x, y = (torch.arange(SIZE) + whole[..., i, None] for i in (0, 1))
+        self.places = (y[..., None] % SIZE * SIZE + x[..., None, :] % SIZE).flatten(2)  # (B, F, 144)
+        # The log likelihoods are differences of numbers of s^2 times 2000.
+        dtype = torch.float32 if s.max() < 20 else torch.float64
+        aligned = lambda sums: sums.flatten(2).gather(2, self.places).transpose(1, 2).to(dtype)
+        self.colour, scaled = PAINT[labels[:, 0]].to(z.dtype), z * (s / t)[:, :, None, None, None]
+        s_c = aligned(torch.einsum("bfchw,bc->bfhw", scaled, self.colour))  # (B, 144, F)
+        s_z, s2 = aligned(scaled.sum(2)), s.square()[:, None].to(dtype)
+        self.total = self.colour.sum(1)[:, None, None].to(dtype)  # 1.c
+        self.prior = torch.tensor(world.stars, dtype=torch.float64).logit().to(dtype)
+        self.curvature = SLOPES[self.shape] * s2.double().sum((1, 2))  # (B,)
+
+        # Frames whose object is equally far off: how far, which they are, and their pixels.
+        self.parts = []
+        fractions, part_of_frame = (offset - whole)[0].unique(dim=0, return_inverse=True)
+        for i, fraction in enumerate(fractions):
+            f = (part_of_frame == i).nonzero()[:, 0]
+            some = s_c[..., f], s_z[..., f], s2[..., f]
+            empty = self.log_odds(0, *some[1:], self.total)
+            self.parts.append((fraction, f, *some, empty, F.softplus(empty)))
+
+    def log_odds(self, m, s_z, s2, total):
+        return self.prior + (1 - m) * (s_z - s2 * (1.5 * (1 - m) + m * total))
+
+    def mean(self):
+        """E[x | z], (B, F, 3, 12, 12)."""
+        likely, tables = self.of_grid()
+        wide = CELL * self.curvature.sqrt() > NARROW
+        clip, start, weight = self.refined(likely, wide)
+        x = torch.zeros(*self.places.transpose(1, 2).shape, 3, dtype=torch.float64)  # (B, 144, F, 3)
+        for (fraction, f, _s_c, s_z, s2, empty, _), (values, entries, odds) in zip(self.parts, tables):
+            star = empty.sigmoid()
+            covered, none = torch.zeros_like(star), star.clone()
+            for i in (~wide).nonzero()[:, 0].tolist():
+                weights = likely[i].softmax(0).repeat_interleave(entries.shape[1])
+                share = torch.zeros(len(values) * SIZE**2, dtype=weights.dtype)
+                share = share.index_add_(0, entries.flatten(), weights).view(len(values), -1, 1)
+                m = values[:, None, None]
+                covered[i] = (share * m).sum(0)
+                star[i] += (share * ((1 - m) * odds[i].sigmoid() - none[i])).sum(0)
+            if wide.any():
+                pair, pixel, m, odds = self.under_mask(clip, start, fraction, s_z, s2)
+                w = weight[pair][:, None].to(m.dtype)
+                covered.flatten(0, 1).index_add_(0, pixel, (w * m).expand_as(odds))
+                star.flatten(0, 1).index_add_(0, pixel, w * ((1 - m) * odds.sigmoid() - rows(none, pixel)))
+            x[:, :, f] = covered[..., None] * self.colour[:, None, None] + star[..., None].double()
+        x, places = x.permute(0, 2, 3, 1), self.places[:, :, None].expand(-1, -1, 3, -1)
+        return torch.zeros_like(x).scatter(3, places, x).unflatten(3, (SIZE, SIZE))
+
+    def of_grid(self):
+        """Log likelihoods (B, 9216) of STARTS, and for each part what they were made of.
+
+        On that grid a coverage has few values: what a pixel says of each is computed once.
+        """
+        likely, tables = 0, []
+        for fraction, _, s_c, s_z, s2, _, no_object in self.parts:
+            values, entries = coverage_table(self.shape.item(), tuple(fraction.tolist()))
+            s_c, s_z, s2, no_object = (x[:, None] for x in (s_c, s_z, s2, no_object))
+            m = values[:, None, None]  # tables are (B, K, 144, f)
+            odds = self.log_odds(m, s_z, s2, self.total[:, None])
+            said = m * s_c - 6 * m * m * s2 + F.softplus(odds) - no_object
+            likely = likely + said.sum(3).flatten(1)[:, entries].sum(2)
+            tables.append((values, entries, odds))
+        return likely.double(), tables
+
+    def refined(self, likely, wide):
+        """Clip (n,), start (n, 2) and weight (n,) of as many and as small cells as the wide clips need."""
+        corners = torch.tensor([[x, y] for x in (-0.5, 0.5) for y in (-0.5, 0.5)])
+        per_clip = torch.zeros(len(likely), dtype=torch.float64)
+        best_of = lambda clip, likely: (per_clip - math.inf).scatter_reduce(0, clip, likely, "amax")[clip]
+        clip, start = wide.nonzero()[:, 0].repeat_interleave(len(STARTS)), STARTS.repeat(int(wide.sum()), 1)
+        start, likely = start.to(self.total.dtype), likely[wide].flatten()
+        width, cell, done = self.curvature.rsqrt(), CELL, []
+        while len(clip):
+            # A centre that is half a diagonal off the best point of its cell says too little of it.
+            wide = cell > NARROW * width
+            slack = NEGLIGIBLE**0.5 + torch.where(wide, 0.5 * cell / width, 0)
+            kept = likely > best_of(clip, likely) - slack[clip].square()
+            clip, start, likely = clip[kept], start[kept], likely[kept]
+            more = wide[clip]
+            done.append((clip[~more], start[~more], likely[~more]))
+            clip, start, cell = clip[more].repeat_interleave(4), start[more][:, None], cell / 2
+            start = (start + corners * cell).flatten(0, 1)
+            likely = self.log_likelihood(clip, start)
+        if not done:
+            return None, None, None
+        clip, start, likely = (torch.cat(parts) for parts in zip(*done))
+        weight = (likely - best_of(clip, likely)).exp()
+        return clip, start, weight / per_clip.index_add(0, clip, weight)[clip]
+
+    def log_likelihood(self, clip, start):
+        """Of starts (n, 2) of clips (n,): (n,)."""
+        likely = torch.zeros(len(clip), dtype=torch.float64)
+        for fraction, _, s_c, s_z, s2, _, no_object in self.parts:
+            pair, pixel, m, odds = self.under_mask(clip, start, fraction, s_z, s2)
+            said = m * rows(s_c, pixel) - 6 * m * m * s2[clip[pair], 0] + F.softplus(odds)
+            likely.index_add_(0, pair, (said - rows(no_object, pixel)).sum(1).double())
+        return likely
+
+    def under_mask(self, clip, start, fraction, s_z, s2):
+        """The N pixels under the masks of (clip, start): pair (N,), pixel (N,) as clip * 144 + its place,
+        coverage (N, 1), and log odds (N, f) of a star."""
+        masks = mask(start + fraction, self.shape).flatten(1)
+        pair, place = masks.nonzero().unbind(1)
+        of, m = clip[pair], masks[pair, place][:, None]
+        pixel = of * SIZE**2 + place
+        return pair, pixel, m, self.log_odds(m, rows(s_z, pixel), s2[of, 0], self.total[of, 0])
+
+def rows(x, pixel):
+    """Of x (B, 144, f): (N, f)."""
+    return x.flatten(0, 1)[pixel]
+
+@functools.cache
+def coverage_table(shape, part):
+    """The values (K,), 0 first, that coverages from STARTS have, and entries (9216, n): of each start, which
+    value at which pixel, as value index * 144 + pixel. Entries of value 0 fill the rows up."""
+    masks = mask(STARTS + torch.tensor(part), torch.tensor(shape)).flatten(1)
+    values, index = masks.round(decimals=5).unique(return_inverse=True)
+    pixels = masks.topk(int((masks > 0).sum(1).max())).indices
+    return values, index.gather(1, pixels) * SIZE**2 + pixels
 
 
 # ---- The tracker -----------------------------------------------------------------------------------------
@@ -161,12 +367,14 @@ def refine(start, cost, rounds=4):
         start = around.gather(-2, best[..., None, None].expand(*best.shape, 1, 2))[..., 0, :]
     return start % SIZE
 
-def track(clips):
+def track(clips, stars=0.0):
     """What the tracker sees in clips (B, F, 3, 12, 12): an object of one colour and shape in each frame.
 
+    stars: of the world; above 0, every pixel of the background may be one.
+
     Returns colour (B,) and shape (B,) as indices, centre (B, F, 2) in pixels, and error (B, F): the RMS
-    distance of a frame to the nearest one that the world can render with that object, over the RMS of that
-    one. 0 is perfect, 1 is as bad as an empty frame.
+    distance of a frame to the nearest one that the world can render with that object, over the RMS of the
+    object. 0 is perfect, 1 is as bad as an empty frame.
     """
     objects = [(c, s) for c in range(len(COLOURS)) for s in range(len(SHAPES))]
     gains = torch.stack([gain(clips, *which).flatten(2).amax(2).sum(1) for which in objects], 1)
@@ -177,8 +385,8 @@ def track(clips):
         some, of = clips[rows], torch.full((rows.sum(),), c)
 
         def distance(positions, some=some, of=of, s=s):  # (b, F, n, 2) -> (b, F, n)
-            drawn = [paint(mask(p, torch.tensor(s)), of) for p in positions.unbind(2)]
-            return torch.stack([relative(some, d, (2, 3, 4)) for d in drawn], 2)
+            covered = [mask(p, torch.tensor(s)) for p in positions.unbind(2)]
+            return torch.stack([relative(some, m, of, stars, (2, 3)) for m in covered], 2)
 
         best = gain(some, c, s).flatten(2).argmax(2)
         centre[rows] = refine(GRID.flatten(0, 1)[best], distance)
@@ -188,7 +396,7 @@ def track(clips):
 def nearest(clips, labels, world):
     """The clip of the world for prompts `labels` (B, 4) that is nearest to each of clips (B, F, 3, 12, 12).
 
-    Returns start (B, 2) and distance (B,), RMS over that of the nearest clip: 0 for a clip of the world, 1
+    Returns start (B, 2) and distance (B,), RMS over that of the object: 0 for a clip of the world, 1
     for an empty one, 1.4 and more for a clip of something else. Shape, colour, motion and sharpness must fit.
     """
     frames, start, distance = clips.shape[1], torch.zeros(len(clips), 2), torch.zeros(len(clips))
@@ -202,16 +410,31 @@ def nearest(clips, labels, world):
         total = gain(some, colour, shape).flatten(2).gather(2, at).sum(1)
 
         def cost(positions, some=some, label=label):  # (b, n, 2) -> (b, n)
-            drawn = [world.render(label, p, frames) for p in positions.unbind(1)]
-            return torch.stack([relative(some, d, (1, 2, 3, 4)) for d in drawn], 1)
+            covered = [world.covered(label, p, frames) for p in positions.unbind(1)]
+            return torch.stack([relative(some, m, label[:, 0], world.stars, (1, 2, 3)) for m in covered], 1)
 
         start[which] = refine(GRID.flatten(0, 1)[total.argmax(1)], cost)
         distance[which] = cost(start[which][:, None])[:, 0].sqrt()
     return start, distance
 
-def relative(clips, drawn, dims):
-    """|clips - drawn|^2 / |drawn|^2, summed over dims."""
-    return (clips - drawn).square().sum(dims) / drawn.square().sum(dims)
+def relative(clips, covered, colour, stars, dims):
+    """Squared distance of clips to what can be rendered with objects of coverage (B, F, 12, 12), over the
+    squares of the objects, summed over dims. With stars, each pixel is held against the nearer of two."""
+    error, rest = clips - paint(covered, colour), 1 - covered
+    squared = error.square().sum(2)
+    if stars:  # |e - rest|^2 - |e|^2, where it is below 0
+        squared = squared + (3 * rest.square() - 2 * rest * error.sum(2)).clamp(max=0)
+    return squared.sum(dims) / (3 * AMPLITUDE**2 * covered.square()).sum(dims)
+
+def star_scores(clips, tracked):
+    """Of the background pixels of clips, outside the object as tracked: share nearer to a star than to none,
+    (B,), and RMS distance to the nearer, (B,)."""
+    _, shape, centre, _ = tracked
+    ground = mask(centre, shape[:, None]) == 0
+    star = ground & (clips.mean(2) > 0.5)
+    away = (clips - star[:, :, None].float()).square().mean(2) * ground
+    size = ground.sum((1, 2, 3))
+    return star.sum((1, 2, 3)) / size, (away.sum((1, 2, 3)) / size).sqrt()
 
 def score(clips, labels, world):
     """Scores of clips (B, F, 3, 12, 12) for prompts (B, 4), each a mean over the clips.
@@ -223,8 +446,11 @@ def score(clips, labels, world):
     colour, shape, direction, speed: share that have those of the prompt                  1
     diversity    mean distance of two clips' first centres, over that of uniform ones     1
     frechet      distance to the world's clips in `features`                              0
+    In worlds with stars, of the pixels outside the object:
+    star rate    share nearer to a star than to none                                      world.stars
+    star grain   RMS distance of a channel to the nearer of star and none                 0
     """
-    tracked = colour, shape, centre, error = track(clips)
+    tracked = colour, shape, centre, error = track(clips, world.stars)
     frame = torch.arange(1, clips.shape[1])[:, None]
     velocity = wrap(centre.diff(dim=1) - torch.tensor([0, world.gravity]) * frame)  # (B, F-1, 2)
     usual = velocity.median(1).values
@@ -243,6 +469,8 @@ def score(clips, labels, world):
         "diversity": apart / (0.3826 * SIZE),
         "frechet": frechet(features(clips, tracked), real_features(world, *clips.shape[:2])),
     }
+    if world.stars:
+        scores["star rate"], scores["star grain"] = star_scores(clips, tracked)
     return {name: value.float().mean().item() for name, value in scores.items()}
 
 def features(clips, tracked):
@@ -258,9 +486,8 @@ def features(clips, tracked):
 @functools.cache
 def real_features(world, clips, frames):
     """Features of as many clips of the world itself."""
-    labels, start = world.draw(range(clips), seed=99)
-    real = world.render(labels, start, frames)
-    return features(real, track(real))
+    real = world.clips(range(clips), seed=99)[0][:, :frames]
+    return features(real, track(real, world.stars))
 
 def frechet(a, b):
     """Frechet distance of Gaussians fitted to features (n, d) and (m, d), scaled by b's deviation."""
