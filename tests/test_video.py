@@ -151,7 +151,7 @@ def test_tracker_sees_broken_stars(how, failing):
     assert scores["star rate"] == pytest.approx(wanted["rate"], abs=0.005)
     assert scores["star grain"] == pytest.approx(wanted["grain"], rel=0.1, abs=2e-3)
     assert (scores["distance"] > 0.2) == (how == "on the object")
-    assert all(scores[key] == 1 for key in ("physics", *WORDS))
+    assert all(scores[key] > 0.95 for key in ("physics", *WORDS))
 
 
 def test_nearest_clip_is_exact_under_stars():
