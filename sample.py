@@ -36,14 +36,17 @@ TOO_LARGE = "Fewer --frames, --height and --width need less; python -m full.plan
 EXAMPLE = Path(__file__).parent / "toy" / "weights" / "causal-anyflow"
 
 def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None,
-             padding=False, sampler=None):
+             padding=False, sampler=None, path=False):
     """Latents (B, F, C, H, W) from noise of that shape in `steps` jumps, of a causal model for each chunk.
 
     text: (B, L, text_dim). guidance: for teachers; needs null_text, as text. context: given first frames (B,
     f, C, H, W), returned unchanged. chunks, padding: see `stream`. sampler: one of SAMPLERS; by default
-    "euler" for a network of one time, else "flowmap". Raises ValueError.
+    "euler" for a network of one time, else "flowmap". path: of a bidirectional model, every state, as in
+    `anyflow.sample`. Raises ValueError.
     """
     if model.config.kind == "causal":
+        if path:
+            raise ValueError("path needs a bidirectional model, found kind 'causal'")
         given = dict(null_text=null_text, context=context, chunks=chunks, padding=padding, sampler=sampler)
         return torch.cat([*stream(model, text, noise, steps, shift=shift, guidance=guidance, **given)], 1)
     if chunks is not None:
@@ -65,7 +68,7 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
         if guidance != 1 and null_text is not None:
             null = dict(text=model.encode_text(null_text))
     run = sampler_of(model, sampler, guidance)
-    return run(held, noise, steps, shift=shift, guidance=guidance, null=null, text=text)
+    return run(held, noise, steps, shift=shift, guidance=guidance, null=null, path=path, text=text)
 
 def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None,
            padding=False, sampler=None):

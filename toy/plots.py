@@ -182,23 +182,100 @@ def losses(rows, names, path):
 def video_quality(results, path):
     """Distance to the world's nearest clip and distance of a preview, against network calls, by family."""
     nfe, families = results["nfe"], results["methods"]
-    size = 4.6 * len(families), 6.8
-    figure, axes = plt.subplots(2, len(families), figsize=size, sharex=True, squeeze=False)
+    count = 3 if results["stars"] else 2
+    size = 4.6 * len(families), 3.4 * count
+    figure, axes = plt.subplots(count, len(families), figsize=size, sharex=True, squeeze=False)
     for column, (family, methods) in zip(axes.T, families.items()):
         for method, scores in methods.items():
             column[0].plot(nfe, scores["distance"], markersize=5, **STYLE[method])
             column[1].plot(nfe[:-1], scores["preview"][:-1], markersize=5, **STYLE[method])
         column[0].set_title(f"{family}\nquality: distance to the nearest clip of the world")
         column[1].set_title(f"same noise: distance to the own {nfe[-1]}-call clip")
-        for axis in column:
+        for axis in column[:2]:
             lowest, highest = axis.dataLim.intervaly
             _budget_axis(axis, nfe)
             axis.set_ylabel("better  ←  RMS / RMS of a clip")
             axis.set_yticks([0.05, 0.1, 0.2, 0.3, 0.5, 1.0], ["0.05", "0.1", "0.2", "0.3", "0.5", "1"])
             axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
             axis.set_ylim(0.8 * lowest, 1.25 * highest)
+        for axis in column[2:]:
+            for method, scores in methods.items():
+                axis.plot(nfe, scores["star rate"], markersize=5, **STYLE[method])
+            axis.axhline(results["stars"], color="black", lw=0.8)
+            _budget_axis(axis, nfe)
+            axis.set(yscale="linear", ylabel="share of stars", title="fine detail: stars (line: the truth)")
     axes[0, 0].legend(fontsize=8)
     _save(figure, path)
+
+def path_error(results, away, grid, path, budgets=(1, 4, 32)):
+    """Distance to the exact path against network calls, and, for some budgets, along the way.
+
+    away: {method: [[distance at each visited time] per NFE]}; grid: the times of the largest NFE.
+    """
+    nfe, methods = results["nfe"], results["methods"]["bidirectional"]
+    size = 3.3 * (1 + len(budgets)), 3.6
+    figure, (calls, *ways) = plt.subplots(1, 1 + len(budgets), figsize=size, sharey=True)
+    for method, rows in away.items():
+        calls.plot(nfe, methods[method]["path_error"], markersize=5, **STYLE[method])
+        for axis, n in zip(ways, budgets):
+            axis.plot(grid[:: nfe[-1] // n], rows[nfe.index(n)], markersize=4, **STYLE[method])
+    _budget_axis(calls, nfe)
+    calls.set_title("distance to the exact path,\nmean of the states visited")
+    calls.set_ylabel("better  ←  RMS / RMS of a clip")
+    calls.set_yscale("linear")
+    calls.legend(fontsize=8)
+    for axis, n in zip(ways, budgets):
+        axis.set(xlim=(1.02, -0.02), xlabel="t  (1 = noise, 0 = clip)", title=f"along the way, {_calls(n)}")
+        axis.grid(alpha=0.25)
+    calls.set_ylim(bottom=0)
+    figure.tight_layout()
+    _save(figure, path)
+
+def paths(exact, states, nfe, prompt, path, budgets=(1, 4, 32), frame=4, hold=12):
+    """GIF: one noise on its exact way, exact (T, 1, F, 3, H, W), and as each method takes it there.
+
+    states: {method: [(n + 1, 1, F, 3, H, W) per NFE]}. A picture changes when its method calls the network.
+    """
+    names = [name for name in ("teacher", "consistency", "anyflow") if name in states]
+    columns = len(budgets)
+    figure = plt.figure(figsize=(2.6 + 1.5 * columns, 1.75 * len(names) + 0.9))
+    grid = figure.add_gridspec(len(names), columns + 2, width_ratios=[1.9, 0.3, *[1] * columns], left=0.01,
+                               right=0.99, bottom=0.05, top=0.8, wspace=0.12, hspace=0.32)
+    def bare(axis):
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        return axis
+
+    show = lambda axis, z: axis.imshow(rgb(z[0, frame]), interpolation="nearest")
+    left = bare(figure.add_subplot(grid[:, 0]))
+    left.set_title("exact path", fontsize=10)
+    truth, size = show(left, exact[0]), exact[-1].square().mean().sqrt()
+    pictures = []
+    for i, name in enumerate(names):
+        for j, n in enumerate(budgets):
+            axis = bare(figure.add_subplot(grid[i, 2 + j]))
+            axis.set_title(_calls(n) if i == 0 else "", fontsize=10)
+            if j == 0:
+                axis.set_ylabel(STYLE[name]["label"].replace(" (", "\n("), fontsize=9)
+            z = states[name][nfe.index(n)]
+            pictures.append((show(axis, z[0]), axis, z))
+    clock = figure.suptitle("", fontsize=9.5)
+    last = len(exact) - 1
+
+    def draw(k):
+        truth.set_data(rgb(exact[k][0, frame]))
+        for picture, axis, z in pictures:
+            jump = last // (len(z) - 1)
+            i = k // jump  # the last state that the method has visited
+            picture.set_data(rgb(z[i][0, frame]))
+            off = ((z[i] - exact[i * jump]).square().mean().sqrt() / size).item()
+            axis.set_xlabel(f"off by {off:.0%}" if i else "waits at the noise", fontsize=8,
+                            color=plt.cm.RdYlGn_r(0.1 + 0.8 * min(1, off)) if i else "#666666")
+        clock.set_text(f"One noise becomes a video of “{prompt}” (frame {frame + 1} is shown).\n"
+                       f"Whoever keeps to the exact path shows its picture after every network call.   "
+                       f"step {k:2d} of {last}")
+
+    _animate(figure, path, [*range(last + 1)] + [last] * hold, draw, fps=5, dpi=80)
 
 def chunks(results, path):
     """Exposure bias: how far causal streams drift, by chunk; and the error of I2V and V2V, by frame."""

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import functools
 import itertools
 import os
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from anyflow import time_grid
 from full.files import provenance, read_json, write, write_json
 from full.options import command, positive
 from model import Wan
@@ -31,6 +33,7 @@ FAMILIES = ("causal", "bidirectional")
 METHODS = ("teacher", "consistency", "anyflow-forward", "anyflow")
 TASKS = {0: "T2V", 1: "I2V: 1 frame given", 3: "V2V: 3 frames given"}
 STREAM = (1, *[2] * 10)  # frames of the chunks of a long stream
+SHIFT = 5.0  # of the sampling grid, as in training
 
 # Every run of `train.py`, as one would type it; the name of a run stands for its folder. The causal teacher
 # is first: it learns motion from clean past frames. A bidirectional one from random weights moved its objects
@@ -96,28 +99,52 @@ def train_all(folder, seed, steps):
         bar.close()
 
 class Ruler:
-    """Prompts and noise that every method is measured with: each prompt of a world `copies` times."""
+    """Prompts and noise that every method is measured with: each prompt of a world `copies` times; and, of
+    some of it, the exact way from noise to clip."""
 
-    def __init__(self, world, copies, seed):
+    def __init__(self, world, copies, seed, traced=12):
         colours = [KINDS[0].index(colour) for colour in world.colours]
         others = [range(len(kind)) for kind in KINDS[1:]]
         labels = torch.tensor([*itertools.product(colours, *others)]).repeat(copies, 1)
         self.world, self.labels, self.seed, self.shape = world, labels, seed, (len(labels), *world.shape)
+        self.traced = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:traced]
 
-    def generate(self, model, sampler, steps, context=None):
+    def noise(self):
         torch.manual_seed(self.seed)
-        noise = torch.randn(self.shape)
-        return generate(model, embed(self.labels), noise, steps, sampler=sampler, context=context)
+        return torch.randn(self.shape)
+
+    @functools.cached_property
+    def exact(self):
+        """The exact ODE's states from some of the noise, at the times of the finest grid: (33, n, F, ...)."""
+        grid = time_grid(NFE[-1], SHIFT)
+        return self.world.flow(self.noise()[self.traced], grid, self.labels[self.traced]).float()
+
+    def away(self, states):
+        """Distance of states (k + 1, n, F, ...) to the exact ones at the same times, RMS over that of the
+        clips that these end in: [one per time]."""
+        error = (states - self.exact[:: NFE[-1] // (len(states) - 1)]).square().flatten(1).mean(1)
+        return (error / self.exact[-1].square().mean()).sqrt().tolist()
+
+    def generate(self, model, sampler, steps, **options):
+        noise = self.noise()
+        return generate(model, embed(self.labels), noise, steps, shift=SHIFT, sampler=sampler, **options)
 
     def measure(self, folder):
-        """{score: [one per NFE]} and [clips per NFE] of the model in a folder."""
+        """{score: [one per NFE]}, [clips per NFE] and, of a bidirectional model, [states of the traced]."""
         model, sampler = Wan.from_pretrained(folder, dtype=torch.float32), sampler_of_folder(folder)
-        clips = [self.generate(model, sampler, n) for n in NFE]
+        path = model.config.kind != "causal"
+        clips = [self.generate(model, sampler, n, path=path) for n in NFE]
+        states = [x[:, self.traced] for x in clips] if path else None
+        clips = [x[-1] for x in clips] if path else clips
         rows = [score(x, self.labels, self.world) for x in clips]
         scores = {key: [row[key] for row in rows] for key in rows[0]}
         size = clips[-1].square().mean((1, 2, 3, 4))
         drift = [((x - clips[-1]).square().mean((1, 2, 3, 4)) / size).sqrt().mean().item() for x in clips]
-        return scores | {"preview": drift}, clips
+        scores["preview"] = drift
+        if path:  # of the states visited after the noise
+            away = [torch.tensor(self.away(x))[1:] for x in states]
+            scores["path_error"] = [x.square().mean().sqrt().item() for x in away]
+        return scores, clips, states
 
     def drift(self, folder, steps=4, chunks=STREAM):
         """Exposure bias: a causal model goes on from its own chunks, here for more than twice the frames of
@@ -129,27 +156,28 @@ class Ruler:
         clips = generate(model, embed(self.labels), noise, steps, **options)
         start, _ = nearest(clips[:, :3], self.labels, self.world)
         lawful = start[:, None] + self.world.offsets(self.labels, frames)
-        error = wrap(track(clips)[2] - lawful).norm(dim=2).mean(0)
+        error = wrap(track(clips, self.world.stars)[2] - lawful).norm(dim=2).mean(0)
         return [part.mean().item() for part in error.split(chunks)]
 
     def continuation(self, folder, given, steps):
         """One model, given the first frames of true clips: mean distance in pixels of the object's centre to
         the true one, by frame, (F,); the clips made and the true ones."""
         model, sampler = Wan.from_pretrained(folder, dtype=torch.float32), sampler_of_folder(folder)
-        _, start = self.world.draw(range(len(self.labels)), seed=self.seed)
-        true = self.world.render(self.labels, start)
+        places = range(len(self.labels))
+        _, start = self.world.draw(places, seed=self.seed)
+        true = self.world.render(self.labels, start, stars=self.world.twinkle(places, seed=self.seed))
         made = self.generate(model, sampler, steps, context=true[:, :given] if given else None)
         if not given:  # nothing to be held against but its own first frame
             start, _ = nearest(made[:, :1], self.labels, self.world)
         centre = start[:, None] + self.world.offsets(self.labels)
-        return wrap(track(made)[2] - centre).norm(dim=2).mean(0).tolist(), made, true
+        return wrap(track(made, self.world.stars)[2] - centre).norm(dim=2).mean(0).tolist(), made, true
 
 def judge(results):
     """The claims, each decided by the numbers in results: [{"claim", "holds", "figures"}]."""
     claims, at_4 = plots.Claims(NFE, digits=3), NFE.index(4)
     for family in FAMILIES:
         scores = results["methods"][family]
-        teacher, consistency, _, ours = (scores[method]["distance"] for method in METHODS)
+        teacher, consistency, forward, ours = (scores[method]["distance"] for method in METHODS)
         claims.add(f"{family}: AnyFlow is better than its teacher up to 8 calls, no worse (5 %) at 16 and 32",
                    all(a < b if n <= 8 else a <= 1.05 * b for n, a, b in zip(NFE, ours, teacher)),
                    ours, teacher)
@@ -160,6 +188,18 @@ def judge(results):
                    consistency[-1] > 1.1 * min(consistency), consistency)
         claims.add(f"{family}: AnyFlow is any-step: no budget is worse than 1.1 times the best smaller one",
                    all(ours[i] <= 1.1 * min(ours[:i]) for i in range(1, len(NFE))), ours)
+        claims.add(f"{family}: stage 1 alone is better than its teacher at 1, 2, 4 calls, within 10 % at 32",
+                   all(a < b for n, a, b in zip(NFE, forward, teacher) if n <= 4)
+                   and forward[-1] <= 1.1 * teacher[-1], forward, teacher)
+        if "path_error" in scores["anyflow"]:
+            ours, theirs = (scores[method]["path_error"] for method in ("anyflow", "consistency"))
+            claims.add(f"{family}: AnyFlow follows the exact path at 4 calls: a third of consistency's error",
+                       ours[at_4] <= theirs[at_4] / 3, ours, theirs)
+        if results["stars"]:
+            ours, theirs = (scores[method]["star rate"] for method in ("anyflow", "teacher"))
+            near = [abs(rate[NFE.index(2)] / results["stars"] - 1) <= 0.25 for rate in (ours, theirs)]
+            claims.add(f"{family}: AnyFlow's star rate at 2 calls is within 25 % of {results['stars']}, its"
+                       " teacher's is not", near == [True, False], ours, theirs)
         ours, theirs = (scores[method]["preview"] for method in ("anyflow", "consistency"))
         claims.add(f"{family}: AnyFlow's 4-call preview is half as far from its last clip as consistency's",
                    ours[at_4] < 0.5 * theirs[at_4], ours, theirs)
@@ -184,13 +224,16 @@ def table(results):
     """Distance to the nearest clip of the world for the prompt, by family, method and NFE, as text."""
     rows = {f"{family} {method}": scores
             for family, methods in results["methods"].items() for method, scores in methods.items()}
-    names = [name for name in results["methods"]["causal"]["anyflow"] if name != "distance"]
-    title = "distance to the nearest clip of the world for the prompt: 0 is best, 1 an empty clip"
-    distance = plots.table(title, NFE, {name: scores["distance"] for name, scores in rows.items()})
+    of_world = "distance to the nearest clip of the world for the prompt: 0 is best, 1 an empty clip"
+    titles = {"distance": of_world,
+              "path_error": "distance to the exact path from the same noise: 0 is best, 1 an empty clip",
+              "star rate": f"share of background pixels that are a star: {results['stars']} is the truth"}
+    by_calls = [plots.table(title, NFE, {name: scores[key] for name, scores in rows.items() if key in scores})
+                for key, title in titles.items() if any(key in scores for scores in rows.values())]
+    names = [name for name in results["methods"]["causal"]["anyflow"] if name not in titles]
     at_4 = {row: [scores[name][NFE.index(4)] for name in names] for row, scores in rows.items()}
-    title = "the other scores, at 4 calls (shares of clips; frechet, preview: 0 is best)"
-    others = plots.table(title, names, at_4, digits=2, width=10, corner="")
-    return f"{distance}\n\n{others}"
+    title = "the other scores, at 4 calls (shares of clips; frechet, preview, star grain: 0 is best)"
+    return "\n\n".join([*by_calls, plots.table(title, names, at_4, digits=2, width=11, corner="")])
 
 
 # ---- Command line ----------------------------------------------------------------------------------------
@@ -214,6 +257,13 @@ def write_shards(world, folder, clips, seed, size=1024):
             write(folder / f"{name}.safetensors", lambda path: save_file(tensors, path))
         files = {}
 
+def world_of(folder):
+    """The world that a model was trained in. ValueError for none."""
+    name = provenance(folder).get("data")
+    if name not in WORLDS:
+        raise ValueError(f"{folder} was trained on {name}, expected one of the worlds {', '.join(WORLDS)}")
+    return WORLDS[name]
+
 def tell(args):
     """Train if asked, measure every model, write results.json and all figures, print table and claims."""
     begin = time.perf_counter()
@@ -226,8 +276,10 @@ def tell(args):
     trained = time.perf_counter() - begin
     if args.keep:
         keep(models, args.keep)
-    ruler, falling = (Ruler(WORLDS[name], args.copies, args.seed) for name in ("torus", "gravity"))
-    results = {"nfe": NFE, "seed": args.seed, "clips": len(ruler.labels), "train_seconds": trained}
+    ruler, falling = (Ruler(world_of(models / name), args.copies, args.seed)
+                      for name in ("causal-anyflow", "causal-gravity"))
+    results = {"nfe": NFE, "seed": args.seed, "clips": len(ruler.labels), "stars": ruler.world.stars,
+               "train_seconds": trained}
     bar = tqdm(total=len(STORY) + 1, desc="measuring", unit="model", disable=None)
 
     def measured(ruler, name):
@@ -236,7 +288,7 @@ def tell(args):
 
     made = {family: {method: measured(ruler, f"{family}-{method}") for method in METHODS}
             for family in FAMILIES}
-    results["methods"] = {family: {method: scores for method, (scores, _) in rows.items()}
+    results["methods"] = {family: {method: scores for method, (scores, *_) in rows.items()}
                           for family, rows in made.items()}
     results["drift"] = {method: ruler.drift(models / f"causal-{method}") for method in METHODS}
     tasks = {name: ruler.continuation(models / "causal-anyflow", given, 4) for given, name in TASKS.items()}
@@ -253,6 +305,11 @@ def tell(args):
     for family in FAMILIES:
         clips = {method: [x[row] for x in made[family][method][1]] for method in METHODS}
         plots.clips_by_budget(clips, NFE, describe(ruler.labels[row]), args.out / f"{family}.gif")
+    states = {method: made["bidirectional"][method][2] for method in METHODS}
+    away = {method: [ruler.away(x) for x in of_nfe] for method, of_nfe in states.items()}
+    plots.path_error(results, away, time_grid(NFE[-1], SHIFT).tolist(), args.out / "path.png")
+    one = {method: [x[:, :1] for x in of_nfe] for method, of_nfe in states.items()}
+    plots.paths(ruler.exact[:, :1], one, NFE, describe(ruler.labels[ruler.traced[0]]), args.out / "path.gif")
     shown = {TASKS[given]: (*(x[row] for x in tasks[TASKS[given]][1:]), given) for given in TASKS}
     plots.tasks(shown, describe(ruler.labels[row]), args.out / "tasks.gif")
     print(table(results))
