@@ -231,29 +231,30 @@ def path_error(results, away, grid, path, budgets=(1, 4, 32)):
     figure.tight_layout()
     _save(figure, path)
 
-def paths(exact, states, nfe, prompt, path, budgets=(1, 4, 32), frame=4, hold=12):
-    """GIF: one noise on its exact way, exact (T, 1, F, 3, H, W), and as each method takes it there.
+def paths(exact, states, grid, nfe, prompt, path, budgets=(1, 4, 32), frame=4, steps=36, hold=12):
+    """GIF: one noise on its exact way, exact (T, 1, F, 3, H, W) at the times grid, and on each method's way.
 
     states: {method: [(n + 1, 1, F, 3, H, W) per NFE]}. A picture changes when its method calls the network.
     """
     names = [name for name in ("teacher", "consistency", "anyflow") if name in states]
     columns = len(budgets)
     figure = plt.figure(figsize=(2.6 + 1.5 * columns, 1.75 * len(names) + 0.9))
-    grid = figure.add_gridspec(len(names), columns + 2, width_ratios=[1.9, 0.3, *[1] * columns], left=0.01,
-                               right=0.99, bottom=0.05, top=0.8, wspace=0.12, hspace=0.32)
+    cells = figure.add_gridspec(len(names), columns + 2, width_ratios=[1.9, 0.3, *[1] * columns], left=0.01,
+                                right=0.99, bottom=0.05, top=0.87, wspace=0.12, hspace=0.28)
+
     def bare(axis):
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         return axis
 
     show = lambda axis, z: axis.imshow(rgb(z[0, frame]), interpolation="nearest")
-    left = bare(figure.add_subplot(grid[:, 0]))
-    left.set_title("exact path", fontsize=10)
+    left = bare(figure.add_subplot(cells[:, 0]))
+    left.set_title("the exact path", fontsize=10)
     truth, size = show(left, exact[0]), exact[-1].square().mean().sqrt()
     pictures = []
     for i, name in enumerate(names):
         for j, n in enumerate(budgets):
-            axis = bare(figure.add_subplot(grid[i, 2 + j]))
+            axis = bare(figure.add_subplot(cells[i, 2 + j]))
             axis.set_title(_calls(n) if i == 0 else "", fontsize=10)
             if j == 0:
                 axis.set_ylabel(STYLE[name]["label"].replace(" (", "\n("), fontsize=9)
@@ -262,7 +263,9 @@ def paths(exact, states, nfe, prompt, path, budgets=(1, 4, 32), frame=4, hold=12
     clock = figure.suptitle("", fontsize=9.5)
     last = len(exact) - 1
 
-    def draw(k):
+    def draw(step):
+        t = 1 - step / steps
+        k = sum(time >= t - 1e-9 for time in grid) - 1
         truth.set_data(rgb(exact[k][0, frame]))
         for picture, axis, z in pictures:
             jump = last // (len(z) - 1)
@@ -270,12 +273,11 @@ def paths(exact, states, nfe, prompt, path, budgets=(1, 4, 32), frame=4, hold=12
             picture.set_data(rgb(z[i][0, frame]))
             off = ((z[i] - exact[i * jump]).square().mean().sqrt() / size).item()
             axis.set_xlabel(f"off by {off:.0%}" if i else "waits at the noise", fontsize=8,
-                            color=plt.cm.RdYlGn_r(0.1 + 0.8 * min(1, off)) if i else "#666666")
-        clock.set_text(f"One noise becomes a video of “{prompt}” (frame {frame + 1} is shown).\n"
-                       f"Whoever keeps to the exact path shows its picture after every network call.   "
-                       f"step {k:2d} of {last}")
+                            color="#666666" if i == 0 else "#009E73" if off < 0.25 else "#D55E00")
+        clock.set_text(f"One noise becomes “{prompt}”; frame {frame + 1} of the video.   t = {t:.2f}\n"
+                       "A faithful method shows the picture on the left after each of its network calls.")
 
-    _animate(figure, path, [*range(last + 1)] + [last] * hold, draw, fps=5, dpi=80)
+    _animate(figure, path, [*range(steps + 1)] + [steps] * hold, draw, fps=6, dpi=80)
 
 def chunks(results, path):
     """Exposure bias: how far causal streams drift, by chunk; and the error of I2V and V2V, by frame."""

@@ -307,9 +307,11 @@ def tell(args):
         plots.clips_by_budget(clips, NFE, describe(ruler.labels[row]), args.out / f"{family}.gif")
     states = {method: made["bidirectional"][method][2] for method in METHODS}
     away = {method: [ruler.away(x) for x in of_nfe] for method, of_nfe in states.items()}
-    plots.path_error(results, away, time_grid(NFE[-1], SHIFT).tolist(), args.out / "path.png")
+    grid = time_grid(NFE[-1], SHIFT).tolist()
+    plots.path_error(results, away, grid, args.out / "path.png")
     one = {method: [x[:, :1] for x in of_nfe] for method, of_nfe in states.items()}
-    plots.paths(ruler.exact[:, :1], one, NFE, describe(ruler.labels[ruler.traced[0]]), args.out / "path.gif")
+    prompt = describe(ruler.labels[ruler.traced[0]])
+    plots.paths(ruler.exact[:, :1], one, grid, NFE, prompt, args.out / "path.gif")
     shown = {TASKS[given]: (*(x[row] for x in tasks[TASKS[given]][1:]), given) for given in TASKS}
     plots.tasks(shown, describe(ruler.labels[row]), args.out / "tasks.gif")
     print(table(results))
