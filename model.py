@@ -162,11 +162,13 @@ class ConditionEmbedder(nn.Module):
 
     def sinusoid(self, t):
         """cos, then sin, of 1000 t times frequencies that fall from 1 towards 1/10000: (..., freq_dim)."""
-        half = self.config.freq_dim // 2
-        exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
-        frequencies = torch.exp(-math.log(10000) * exponents)
-        angles = 1000 * t.float()[..., None] * frequencies
+        angles = 1000 * t.float()[..., None] * self.frequencies(t.device)
         return torch.cat([angles.cos(), angles.sin()], -1).to(self.time_proj.weight.dtype)
+
+    def frequencies(self, device=None):
+        half = self.config.freq_dim // 2
+        exponents = torch.arange(half, device=device, dtype=torch.float32) / half
+        return torch.exp(-math.log(10000) * exponents)
 
 def gelu(x):
     return F.gelu(x, approximate="tanh")

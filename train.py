@@ -37,7 +37,7 @@ from full.files import STAGES, read_lines, write
 from full.folders import base_of, from_folders
 from full.hub import find
 from full.options import add_options, check, command, option, positive
-from full.parallel import TRAINED, Means, assemble, main_process, place, start_processes, trained, whole
+from full.parallel import TRAINED, Means, assemble, clip_norm, main_process, place, start_processes, trained
 from full.pixels import save
 from toy import plots
 from toy.world import WORLDS, enlarge
@@ -76,6 +76,8 @@ class Recipe:
     diffusion: float = option(0.5, "share of r = t", **SHARE)
     endpoint: float = option(0.25, "share of r = 0", **SHARE)
     eps: float = option(0.005, "half the step of the central difference", above=0)
+    fastest: float = option(0.0, "radians per unit time; time embedders see no faster sinusoid; 0: all",
+                            low=0)
     bidirectional: float = option(0.1, "causal: share of steps that also take a whole clip", **SHARE)
     # stage 2
     rollout: str = option("flowmap", "consistency: for the baseline", choices=("flowmap", "consistency"))
@@ -105,8 +107,8 @@ WAN["onpolicy"] = dict(steps=1200, lr=2e-6, beta1=0.0, beta2=0.999, warmup=0, em
 WAN_14B = {stage: dict(steps=4000, batch=16) | changes for stage, changes in WAN.items()}
 
 SMALL = dict(beta2=0.99, warmup=100, decay=0.3, ema=0.998, ema_start=0, ema_ramp=True, guidance=1.0,
-             target="teacher", eps=0.02, lora=0, dtype="float32", checkpointing="none", compile=False,
-             recompute_rollout=False)
+             target="teacher", eps=0.02, fastest=20.0, lora=0, dtype="float32", checkpointing="none",
+             compile=False, recompute_rollout=False)
 TINY = {
     "teacher": SMALL | dict(steps=8000, lr=3e-3, own_times=0.5),
     "flowmap": SMALL | dict(steps=4000, lr=1e-3, batch=16),
@@ -314,7 +316,7 @@ def train(stage, recipe, run, clips):
 
         def update(role):
             """One step of the role's optimiser; FloatingPointError before it would spoil the role."""
-            norm = whole(torch.nn.utils.clip_grad_norm_(run.trained[role].values(), recipe.clip)).item()
+            norm = clip_norm(run.nets[role], run.trained[role], recipe)
             losses = means.read()
             if not all(map(math.isfinite, (norm, *losses.values()))):
                 found = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
@@ -344,6 +346,7 @@ def train(stage, recipe, run, clips):
         yield {"step": run.step, **means.read(), "norm": means.norms["student"], "lr": lr_scale * recipe.lr,
                "seconds": time.perf_counter() - started}
 
+@torch.no_grad()
 def learning_rate_at(step, recipe):
     """A share of its highest value: it rises over `warmup` steps, falls over the last `decay` of all."""
     left = (recipe.steps - step) / (recipe.decay * recipe.steps) if recipe.decay else 1.0

@@ -1,6 +1,7 @@
 """Processes and memory: FSDP2 over the GPUs of a node, and three networks as adapters of one."""
 
 import os
+import re
 import warnings
 from collections import defaultdict
 
@@ -54,6 +55,23 @@ def whole(x):
 
 def trained(net):
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+def blind(net, weights, fastest):
+    """Zero, in trained weights {name: tensor} and in their gradients, what sees sinusoids of time faster than
+    this. Of weights that start so and whose gradients are zero, AdamW and the average keep zero, sharded or
+    not: the saved weights need no mask. With LoRA, its change is blind, and the frozen weights are as found.
+    """
+    if fastest:
+        columns = 1000 * net.condition_embedder.frequencies().repeat(2) > fastest  # cosines, then sines
+        for name, p in weights.items():
+            if re.search(r"(time|delta)_embedder\.linear_1\.(weight|lora_down)$", name):
+                for x in (p, p.grad) if p.grad is not None else (p,):
+                    local(x)[:, columns.to(x.device)] = 0  # sharding divides rows
+
+def clip_norm(net, weights, recipe):
+    """The norm of the gradients of trained weights {name: tensor}, which are clipped in place."""
+    blind(net, weights, recipe.fastest)
+    return whole(torch.nn.utils.clip_grad_norm_(weights.values(), recipe.clip)).item()
 
 class Means:
     """What a step measures, by name: means over its micro-batches and over all processes."""
@@ -132,6 +150,7 @@ def assemble(nets, recipe, device):
         names = {role: equal_weights(net, nets[holder], getattr(torch, recipe.dtype))
                  for role, net in nets.items() if role != holder}
     for role in sorted(nets, key=lambda role: role != holder):
+        blind(nets[role], trained(nets[role]), recipe.fastest)
         shard(nets[role], recipe, device, mesh)
         if role in names:
             link(role, nets[role], holder, nets[holder], names[role])
