@@ -1,7 +1,8 @@
 """Speed and memory of this model beside diffusers' in one run, alternating: only ratios need be believed.
 
     python tests/bench.py                    # a small network: forward, training step, generation, stream
-    python tests/bench.py --only forward     # or stage1, memory, generation, stream
+    python tests/bench.py --only forward     # or stage1, memory, generation, stream, derivative
+    python tests/bench.py --only derivative --model FOLDER   # of this network instead of small ones
     python tests/bench.py --preset wan-1.3b  # true size, on a GPU: forward, 4-step clip, a step of each stage
     python tests/bench.py --preset tiny      # the same on a CPU; --only forward or stages
 
@@ -10,6 +11,7 @@ hold; with --preset, together with the weights. Without diffusers, a preset is m
 """
 
 import argparse
+import copy
 import gc
 import importlib.util
 import platform
@@ -228,6 +230,74 @@ def stream(args):
     print(f"at chunk 64: {times}, {again / late:.1f}x; tokens 144 and 1120, {1120 / 144:.1f}x")
 
 
+EPS = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02]
+
+
+def derivative(args):
+    """Relative error of `central_difference` against an exact JVP, by eps: in float32 as found, then blind to
+    sinusoids of time above 20 radians per unit time, and of that network in bfloat16, part by part."""
+    from toy.video import WEIGHTS
+    from toy.world import WORLDS, embed
+
+    nets = {args.model: args.model} if args.model else {
+        f"tiny, {name}": WEIGHTS / f"bidirectional-anyflow{end}"
+        for name, end in (("stage 1", "-forward"), ("stage 2", ""))}
+    nets = {name: Wan.from_pretrained(folder, dtype=torch.float32) for name, folder in nets.items()}
+    if not args.model:
+        shape = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
+        nets["random, width 1536, 2 layers"] = Wan(WanConfig(kind="anyflow", **BASE | shape))
+    for name, net in nets.items():
+        net, config = net.to(DEVICE).requires_grad_(False), net.config
+        if config.in_channels == 3:  # the tiny world, whose v is known
+            x, labels, _ = WORLDS["torus"].clips(range(16), 0)
+            text, velocity = embed(labels), lambda z, t: WORLDS["torus"].velocity(z, t, labels)  # noqa: B023
+        else:  # as the data's, eps - x
+            x, text = torch.randn(2, 3, config.in_channels, 8, 8), torch.randn(2, 16, config.text_dim)
+            velocity = None
+        noise, (t, r) = torch.randn_like(x), torch.rand(2, len(x)).sort(0, descending=True).values
+        t, r = (anyflow.shift_time(0.02 + 0.95 * time, 5.0).clamp(max=0.98) for time in (t, r))
+        z = anyflow.interpolate(x, noise, t)
+        v = velocity(z, t) if velocity else noise - x
+        inputs = [x.to(DEVICE) for x in (z, v, t, r, text)]
+        print(f"{name:48}" + "".join(f"{eps:>9}" for eps in EPS))
+        rows = {"float32": net}
+        blind = copy.deepcopy(net)
+        train.blind(blind, dict(blind.named_parameters()), 20.0)
+        rows["float32, blind"] = blind
+        for row, net in rows.items():
+            errors(row, exact(net, *inputs), net, *inputs)
+        blind.load_state_dict({key: w.bfloat16().float() for key, w in blind.state_dict().items()})
+        du = exact(blind, *inputs)  # of the weights that the bfloat16 network has
+        half = lambda x: x.bfloat16().float()
+        errors("blind, z +- eps v rounded, else float32", du,
+               lambda z, *at, text: blind(half(z), *at, text), *inputs)  # noqa: B023
+        errors("blind, u of both rounded, else float32", du,
+               lambda *at, text: half(blind(*at, text)), *inputs)  # noqa: B023
+        low = copy.deepcopy(blind).bfloat16()
+        errors("blind, bfloat16", du, lambda *at, text: low(*at, text).float(), *inputs)  # noqa: B023
+        embedder = low.condition_embedder
+        for part in (embedder.time_embedder, embedder.delta_embedder, embedder.time_proj):
+            part.float()
+        errors("  and time embedders in float32", du, lambda *at, text: low(*at, text).float(), *inputs)  # noqa: B023
+        low.patch_embedding.float().register_forward_hook(lambda module, given, made: made.bfloat16())
+        errors("  and the first layer in float32", du, lambda *at, text: low(*at, text).float(), *inputs)  # noqa: B023
+
+
+def exact(net, z, v, t, r, text):
+    """du/dt along (v, 1, 0) in forward mode, which only plain attention has."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        call = lambda z, t: net(z, t, r, text)
+        return torch.func.jvp(call, (z, t), (v, torch.ones_like(t)))[1]
+
+
+def errors(row, du, net, z, v, t, r, text):
+    """Print |difference - du| / |du| for each eps."""
+    found = [anyflow.central_difference(net, z, v, t, r, eps, text=text) for eps in EPS]
+    print(f"{row:48}" + "".join(f"{((x - du).norm() / du.norm()).item():9.3f}" for x in found), flush=True)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # True size
 # ------------------------------------------------------------------------------------------------------------
@@ -382,12 +452,13 @@ def training_step(name, stage, compiled, rate):
 
 
 SECTIONS = {"forward": forward, "stage1": stage1, "memory": memory, "generation": generation,
-            "stream": stream}
+            "stream": stream, "derivative": derivative}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", choices=list(PRESETS), help="measure at the true size of a preset")
+    parser.add_argument("--model", help="model folder, of --only derivative")
     parser.add_argument("--only", choices=[*SECTIONS, "stages"])
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
