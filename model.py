@@ -155,8 +155,7 @@ class ConditionEmbedder(nn.Module):
         """(B, f) -> e = (1 - gate) E_t(t) + gate E_r(r) (B, f, width), and modulations (B, f, 6, width)."""
         e = self.time_embedder(self.sinusoid(t))
         if self.config.kind != "teacher":
-            second = r if self.config.deltatime_type == "r" else t - r
-            gate = self.config.gate_value
+            gate, second = self.config.gate_value, r if self.config.deltatime_type == "r" else t - r
             e = (1 - gate) * e + gate * self.delta_embedder(self.sinusoid(second))
         return e, self.time_proj(F.silu(e)).unflatten(-1, (6, -1))
 
@@ -167,8 +166,7 @@ class ConditionEmbedder(nn.Module):
 
     def frequencies(self, device=None):
         half = self.config.freq_dim // 2
-        exponents = torch.arange(half, device=device, dtype=torch.float32) / half
-        return torch.exp(-math.log(10000) * exponents)
+        return torch.exp(-math.log(10000) * (torch.arange(half, device=device).float() / half))
 
 def gelu(x):
     return F.gelu(x, approximate="tanh")

@@ -76,8 +76,7 @@ class Recipe:
     diffusion: float = option(0.5, "share of r = t", **SHARE)
     endpoint: float = option(0.25, "share of r = 0", **SHARE)
     eps: float = option(0.005, "half the step of the central difference", above=0)
-    fastest: float = option(0.0, "radians per unit time; time embedders see no faster sinusoid; 0: all",
-                            low=0)
+    fastest: float = option(0.0, "radians per unit time: no embedder sees a faster sinusoid; 0: all", low=0)
     bidirectional: float = option(0.1, "causal: share of steps that also take a whole clip", **SHARE)
     # stage 2
     rollout: str = option("flowmap", "consistency: for the baseline", choices=("flowmap", "consistency"))
@@ -346,7 +345,6 @@ def train(stage, recipe, run, clips):
         yield {"step": run.step, **means.read(), "norm": means.norms["student"], "lr": lr_scale * recipe.lr,
                "seconds": time.perf_counter() - started}
 
-@torch.no_grad()
 def learning_rate_at(step, recipe):
     """A share of its highest value: it rises over `warmup` steps, falls over the last `decay` of all."""
     left = (recipe.steps - step) / (recipe.decay * recipe.steps) if recipe.decay else 1.0

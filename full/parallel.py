@@ -56,10 +56,10 @@ def whole(x):
 def trained(net):
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
+@torch.no_grad()
 def blind(net, weights, fastest):
-    """Zero, in trained weights {name: tensor} and in their gradients, what sees sinusoids of time faster than
-    this. Of weights that start so and whose gradients are zero, AdamW and the average keep zero, sharded or
-    not: the saved weights need no mask. With LoRA, its change is blind, and the frozen weights are as found.
+    """Zero in trained weights {name: tensor}, and in their gradients, what sees sinusoids of time faster than
+    this: AdamW and the average then keep the zeros. A LoRA's change is blind; what is frozen stays as it is.
     """
     if fastest:
         columns = 1000 * net.condition_embedder.frequencies().repeat(2) > fastest  # cosines, then sines
