@@ -274,13 +274,14 @@ def derivative(args):
         errors("blind, u of both rounded, else float32", du,
                lambda *at, text: half(blind(*at, text)), *inputs)  # noqa: B023
         low = copy.deepcopy(blind).bfloat16()
-        errors("blind, bfloat16", du, lambda *at, text: low(*at, text).float(), *inputs)  # noqa: B023
+        network = lambda *at, text: low(*at, text).float()  # noqa: B023
+        errors("blind, bfloat16", du, network, *inputs)
         embedder = low.condition_embedder
         for part in (embedder.time_embedder, embedder.delta_embedder, embedder.time_proj):
             part.float()
-        errors("  and time embedders in float32", du, lambda *at, text: low(*at, text).float(), *inputs)  # noqa: B023
+        errors("  and time embedders in float32", du, network, *inputs)
         low.patch_embedding.float().register_forward_hook(lambda module, given, made: made.bfloat16())
-        errors("  and the first layer in float32", du, lambda *at, text: low(*at, text).float(), *inputs)  # noqa: B023
+        errors("  and the first layer in float32", du, network, *inputs)
 
 
 def exact(net, z, v, t, r, text):

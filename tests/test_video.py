@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from anyflow import time_grid
+from anyflow import sample, time_grid
 from full.data import Shards
-from toy.video import write_shards
+from model import Wan
+from sample import generate
+from toy.video import SHIFT, WEIGHTS, Ruler, write_shards
 from toy.world import (
     PAINT,
     SIZE,
@@ -26,6 +28,12 @@ WORDS = ("colour", "shape", "direction", "speed")
 
 @pytest.fixture(params=WORLDS)
 def world(request):
+    return WORLDS[request.param]
+
+
+@pytest.fixture(params=["torus", "stars-gravity"])
+def extreme(request):
+    """The world with least in it, and that with most."""
     return WORLDS[request.param]
 
 
@@ -192,49 +200,49 @@ def brute_force(world, z, t, label, around, half, n):
 
 @pytest.mark.parametrize("t, half, n", [(1.0, SIZE / 2, 48), (0.95, SIZE / 2, 48), (0.7, 0.9, 64),
                                         (0.3, 0.16, 48), (0.02, 0.008, 48)])
-def test_velocity_is_that_of_brute_force(world, t, half, n):
+def test_velocity_is_that_of_brute_force(extreme, t, half, n):
     """To 1e-3 of the RMS, from noise, where the object may be anywhere, to where its place is 1e-3 pixels."""
-    x, labels, start = world.clips(range(3), seed=5)
+    x, labels, start = extreme.clips(range(3), seed=5)
     z = ((1 - t) * x + t * torch.randn_like(x)).double()
-    v = world.velocity(z, t, labels)
+    v = extreme.velocity(z, t, labels)
     for i in (0, 2):
-        exact = brute_force(world, z[i], t, labels[i], start[i].double(), half, n)
+        exact = brute_force(extreme, z[i], t, labels[i], start[i].double(), half, n)
         assert (v[i] - exact).square().mean().sqrt() < 1e-3 * exact.square().mean().sqrt()
 
 
-def test_velocity_at_pure_noise_is_to_the_prior_mean(world):
+def test_velocity_at_pure_noise_is_to_the_prior_mean(extreme):
     """At t = 1 nothing is known of the clip: E[x] is the coverage's mean over the torus, and stars behind."""
-    _, labels, _ = clips(world, 4)
-    z = torch.randn(4, *world.shape)
+    _, labels, _ = clips(extreme, 4)
+    z = torch.randn(4, *extreme.shape)
     area = torch.stack([mask(SIZE * torch.rand(20000, 2), s.expand(20000)).mean() for s in labels[:, 1]])
-    mean = area[:, None] * PAINT[labels[:, 0]] + world.stars * (1 - area[:, None])
-    v = world.velocity(z, 1.0, labels)
+    mean = area[:, None] * PAINT[labels[:, 0]] + extreme.stars * (1 - area[:, None])
+    v = extreme.velocity(z, 1.0, labels)
     assert torch.allclose(v, z - mean[:, None, :, None, None], atol=0.01)
 
 
-def test_velocity_is_a_regression_of_noise_minus_clip(world):
+def test_velocity_is_a_regression_of_noise_minus_clip(extreme):
     """E[(eps - x) v] = E[v v] at random times, also with times for each frame; nothing else is orthogonal."""
-    x, labels, _ = clips(world, 32)
-    for t in (torch.rand(32), torch.rand(32, world.frames)):
+    x, labels, _ = clips(extreme, 16)
+    for t in (torch.rand(16), torch.rand(16, extreme.frames)):
         noise, time = torch.randn_like(x), t.reshape(32, -1, 1, 1, 1)
-        v = world.velocity((1 - time) * x + time * noise, t, labels)
+        v = extreme.velocity((1 - time) * x + time * noise, t, labels)
         product = (v * (noise - x - v)).mean((1, 2, 3, 4))
-        assert product.mean().abs() < 4 * product.std() / 32**0.5 and product.mean().abs() < 0.01
+        assert product.mean().abs() < 4 * product.std() / 16**0.5 and product.mean().abs() < 0.02
         assert (v * (noise - x)).mean() > 1
 
 
-def test_exact_flow_ends_in_the_world(world):
+def test_exact_flow_ends_in_the_world(extreme):
     """The ODE's end is a clip of the world; given all frames but the last at t = 0, their object goes on."""
-    labels = world.draw(range(2), seed=8)[0]
-    states = world.flow(torch.randn(2, *world.shape), time_grid(24, 4.0), labels)
-    scores = score(states[-1].float(), labels, world)
+    labels = extreme.draw(range(2), seed=8)[0]
+    states = extreme.flow(torch.randn(2, *extreme.shape), time_grid(24, 4.0), labels)
+    scores = score(states[-1].float(), labels, extreme)
     assert len(states) == 25 and scores["distance"] < 0.03 and scores.get("star grain", 0) < 0.02
-    x, labels, start = clips(world, 4)
-    t = torch.zeros(4, world.frames)
+    x, labels, start = clips(extreme, 4)
+    t = torch.zeros(4, extreme.frames)
     t[:, -1] = 1.0
-    last = (x - t[:, :, None, None, None] * world.velocity(x, t, labels))[:, -1]
-    assert torch.allclose(last, world.render(labels, start)[:, -1]
-                          + world.stars * (1 - world.covered(labels, start))[:, -1, None], atol=0.02)
+    last = (x - t[:, :, None, None, None] * extreme.velocity(x, t, labels))[:, -1]
+    assert torch.allclose(last, extreme.render(labels, start)[:, -1]
+                          + extreme.stars * (1 - extreme.covered(labels, start))[:, -1, None], atol=0.02)
 
 
 def test_prompts_decide_the_score():
@@ -284,3 +292,19 @@ def test_shards_hold_the_worlds_clips(tmp_path):
     assert sorted(order) == list(range(10)) and order != sorted(order)  # an epoch: every clip once, shuffled
     assert torch.equal(x, y[order]) and torch.equal(text, prompts[order])
     assert torch.equal(data.null, world.null)
+
+
+def test_path_is_held_against_the_exact_one():
+    """`generate` hands out the states of a bidirectional model, and no causal model has one path; the ruler
+    finds the exact states at distance 0, Euler's at 32 calls at a few per cent, and noise far off."""
+    model = Wan.from_pretrained(WEIGHTS / "bidirectional-anyflow", dtype=torch.float32)
+    noise, text = torch.randn(1, 9, 3, 12, 12), embed(torch.tensor([[0, 0, 0, 0]]))
+    states = generate(model, text, noise, 4, path=True)
+    assert torch.equal(states[0], noise) and torch.equal(states[-1], generate(model, text, noise, 4))
+    with pytest.raises(ValueError, match="bidirectional"):
+        generate(Wan.from_pretrained(WEIGHTS / "causal-anyflow"), text, noise, 4, path=True)
+    ruler = Ruler(WORLDS["torus"], 1, seed=0, traced=1)
+    assert max(ruler.away(ruler.exact[::8])) == 0
+    v = lambda z, t, r: ruler.world.velocity(z, t, ruler.labels[ruler.traced])
+    euler = sample(v, ruler.noise()[ruler.traced], 32, shift=SHIFT, average=False, path=True)
+    assert 0 < ruler.away(euler)[-1] < 0.2 and ruler.away(euler[:1].expand_as(euler))[-1] > 1
