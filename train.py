@@ -378,7 +378,7 @@ def parse(argv):
     add("stage", choices=STAGES)
     add("--preset", choices=NAMES, required=True)
     add("--out", type=Path, help="folder of the result (default out/PRESET-STAGE)")
-    add("--data", help="folder of shards, or the world torus or gravity (default of tiny presets: torus)")
+    add("--data", help=f"folder of shards, or a world: {', '.join(WORLDS)} (default of tiny presets: torus)")
     add("--init", help="model folder to start from")
     add("--teacher", help="model folder of the teacher (default: --init; onpolicy needs it)")
     add("--judge", help="onpolicy: model folder of the teacher that judges (default: --teacher)")
