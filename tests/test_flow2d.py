@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import anyflow
-from toy import flow2d
+from toy import flow2d, plots
 
 torch.set_num_threads(1)
 
@@ -34,6 +35,36 @@ def test_exact_ode_carries_noise_to_the_density(name):
     assert x.mean(0).abs().max() < 0.1 and x.square().mean() == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.parametrize("name", flow2d.DENSITIES)
+def test_closed_form_cdf_is_that_of_the_samples(name):
+    """Kolmogorov-Smirnov, in eight directions: 2 / sqrt(n) is passed by one in 1500 by chance."""
+    density, n, angles = flow2d.DENSITIES[name](), 20000, (torch.arange(8) + 0.5) / 8 * math.pi
+    directions, line = torch.stack([angles.cos(), angles.sin()]), torch.linspace(-6, 6, 2001).double()
+    x = (density.sample(n) @ directions).T.sort().values.double()
+    below = torch.searchsorted(x, line.expand(8, -1).contiguous()) / n
+    cdf = density.cdf(line, directions)
+    assert (cdf - below).abs().max() < 2 / math.sqrt(n)
+    assert cdf[:, 0].abs().max() < 1e-12 and (cdf[:, -1] - 1).abs().max() < 1e-12
+    assert (cdf.diff() >= -1e-12).all()
+
+
+def test_ruler_measures_a_shift_and_its_floors_fall():
+    """Moved by d, every direction's quantiles move by d . direction: mean |d| 2 / pi over all directions."""
+    density = flow2d.checkerboard()
+    small, large = (flow2d.Ruler(density, n, traced=1) for n in (512, 4096))
+    assert large.floor < small.floor and large.floor_ode < small.floor_ode / 3
+    assert large.floor_ode < large.floor, "Sobol noise fills the plane more evenly than random points"
+    moved = large.swd(density.sample(2**16) + torch.tensor([0.3, 0.4]))
+    assert moved == pytest.approx(0.5 * 2 / math.pi, rel=0.05)
+
+
+def test_a_network_asked_at_one_time_answers_as_at_many():
+    net, z = flow2d.MLP(), torch.randn(5, 2)
+    t, r = torch.tensor(0.7), torch.tensor(0.2)
+    one, many = net(z, t.expand(5), r.expand(5)), net(z, t.repeat(5), r.repeat(5))
+    torch.testing.assert_close(one, many)
+
+
 def test_velocity_is_finite_far_out_and_at_both_ends():
     z = torch.tensor([[0.0, 0.0], [30.0, -30.0], [0.1, 8.0]])
     for make in flow2d.DENSITIES.values():
@@ -48,29 +79,35 @@ def results(**changes):
         "teacher": dict(swd=[0.9, 0.4, 0.2, 0.1, 0.05, 0.03, 0.02], path_error=one, budget_drift=one),
         "consistency": dict(swd=[0.02, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07], path_error=one, budget_drift=one),
         "anyflow-forward": dict(swd=[0.016] * 7, path_error=[0.1] * 7, budget_drift=[0.1] * 7),
+        "anyflow-control": dict(swd=[0.016] * 7, path_error=[0.1] * 7, budget_drift=[0.1] * 7),
         "anyflow": dict(swd=[0.013] * 7, path_error=[0.1] * 7, budget_drift=[0.1] * 7),
+        "anyflow-gamma": dict(swd=[0.013] * 7, path_error=one, budget_drift=one),
     }
     for name, change in changes.items():
         rows[name.replace("_", "-")].update(change)
     methods = {name: {key: [[v] for v in row] for key, row in keys.items()} | {"train_seconds": 1.0}
                for name, keys in rows.items()}
-    return {"methods": methods, "floor": 0.01}
+    return {"methods": methods, "nfe": flow2d.NFE}
 
 
 def held(**changes):
-    return [claim["holds"] for claim in flow2d.judge(results(**changes))]
+    return [claim["holds"] for claim in plots.judge(results(**changes))]
 
 
 def test_claims_are_judged_from_the_numbers():
-    assert held() == [True] * 8
+    assert held() == [True] * 11
     assert held(teacher=dict(swd=[0.02] * 7))[0] is False
     assert held(consistency=dict(swd=[0.02] * 7))[1] is False
     assert held(anyflow=dict(swd=[0.01] * 6 + [0.012]))[2] is False
     assert held(teacher=dict(swd=[0.9] * 6 + [0.012]))[3] is False
     assert held(consistency=dict(swd=[0.012] + [0.07] * 6))[4] is False
     assert held(anyflow_forward=dict(swd=[0.015] * 7))[5] is False
-    assert held(anyflow=dict(path_error=[0.11] * 7))[6] is False
-    assert held(anyflow=dict(budget_drift=[0.21] * 7))[7] is False
+    assert held(anyflow_control=dict(swd=[0.015] * 7))[6] is False
+    assert held(anyflow=dict(path_error=[0.11] * 7))[7] is False
+    assert held(anyflow=dict(budget_drift=[0.21] * 7))[8] is False
+    assert held(anyflow_gamma=dict(swd=[0.022] + [0.013] * 6))[9] is False
+    assert held(anyflow_gamma=dict(swd=[0.015, 0.015] + [0.013] * 5)) == [True] * 11
+    assert held(anyflow_gamma=dict(swd=[0.013] * 6 + [0.014]))[10] is False
 
 
 def run(folder, *more):
@@ -83,6 +120,35 @@ def test_the_same_seed_gives_the_same_results(tmp_path):
     swd = lambda answer: answer["methods"]["anyflow-forward"]["swd"]
     assert swd(one) == swd(two) != swd(other)
     assert one["nfe"] == [1, 2, 4, 8, 16, 32, 64] and len(swd(one)) == 7 and len(swd(one)[0]) == 1
+
+
+def test_networks_are_saved_and_give_what_was_measured(tmp_path):
+    run(tmp_path, "anyflow-control", "anyflow-gamma")
+    files = {path.stem: path for path in (tmp_path / "networks").iterdir()}
+    assert files.keys() == {"teacher", "anyflow-forward", "anyflow-control", "anyflow", "anyflow-gamma"}
+    weights = {name: load_file(path) for name, path in files.items()}
+    flow2d.MLP().load_state_dict(weights["anyflow"])
+    differ = lambda a, b: any((weights[a][key] != weights[b][key]).any() for key in weights[a])
+    assert differ("anyflow-control", "anyflow-forward") and differ("anyflow", "anyflow-control")
+    assert not differ("anyflow-gamma", "anyflow")
+
+
+def test_the_published_recipe_undoes_every_choice(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(flow2d, "train", lambda *given: seen.append(given[-1]) or ({}, {}))
+    for more in ([], ["--recipe", "published"], ["--undo", "weight", "balance"]):
+        next(flow2d.trained(flow2d.parse(["--fast", "--out", str(tmp_path), *more]), []))
+    ours, published, some = seen
+    assert all(ours[name] != published[name] for name in flow2d.RECIPE)
+    assert [name for name in ours if some[name] != ours[name]] == ["weight", "balance"]
+    assert published["velocity"] == "data" and published["weight"] is None and published["balance"] is True
+
+
+def test_gamma_is_chosen_from_the_numbers_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(flow2d, "NFE", [1, 2, 4])
+    flow2d.main(["--choose-gamma", "--fast", "--steps", "2", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "gamma = min(1, 2 / calls)" in printed and (tmp_path / "gamma.png").exists()
 
 
 def test_a_loss_that_turns_nan_names_stage_and_step(monkeypatch, tmp_path):

@@ -1,8 +1,9 @@
-"""AnyFlow in two dimensions: the whole method with one small MLP, on a laptop, in two minutes.
+"""AnyFlow in two dimensions: the whole method with one small MLP, on a laptop, in some two minutes.
 
     python -m toy.flow2d                       # checkerboard, one seed: table, claims, figures in out/flow2d
     python -m toy.flow2d --density mixture --exact-teacher
-    python -m toy.flow2d --fast                # half a minute, the same ordering of methods
+    python -m toy.flow2d --recipe published    # the paper's choices; --undo NAME takes one of them
+    python -m toy.flow2d --fast                # half a minute
 
 Trains a flow-matching teacher, distils it by consistency distillation (the baseline), by forward flow-map
 training (AnyFlow stage 1) and on-policy (stage 2), and measures each at 1, 2, 4, ..., 64 network calls. Every
@@ -14,21 +15,45 @@ import copy
 import math
 import random
 import statistics
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 import anyflow
-from full.files import write_json
+from full.files import write, write_json
 from full.options import command, positive
 from toy import plots
 
 NFE = [1, 2, 4, 8, 16, 32, 64]  # network calls, each a divisor of the next: the grids are nested
-METHODS = ["teacher", "consistency", "anyflow-forward", "anyflow"]
+# anyflow-control: as many more steps of stage 1 as stage 2 has; anyflow-gamma: anyflow's network, re-noised
+METHODS = ["teacher", "consistency", "anyflow-forward", "anyflow-control", "anyflow", "anyflow-gamma"]
+
+def gamma_of(calls, c=2.0):
+    """The more jumps, the less noise after each. c: what `--choose-gamma` found best on seeds 10 to 12."""
+    return min(1.0, c / calls)
+
+# Our choices and the paper's, where they differ
+RECIPE = {
+    "velocity": ("teacher", "data"),  # v in stage 1's target
+    # An error at small t lands on the sample, and no later step mends it: so small t weighs more. The paper's
+    # w(t) = t sqrt(1 - t) weighs it less: the data's velocity is noisy there.
+    "weight": (lambda t: 1 / (t + 0.05), None),
+    "balance": (False, True),  # of jumps against anchors: it needs samples of many numbers
+    "ends": (True, False),  # half a batch more learns the jumps to 0 by the baseline's loss
+    "rollout": ([1, 2, 4], [2, 4, 8, 16, 50]),  # of how many steps, stage 2
+    "rate": (3e-4, 8e-5),  # of learning in stage 2: the paper's is a 25th of stage 1's
+    "fake-steps": (3, 1),  # the fake score must keep up with the student
+    "fake-noises": (4, 1),  # of a sample, in each of them
+    "dmd-weight": (4.0, 1.0),
+    "dmd-times": (0.85, 1.0),  # up to: above, the fake score's error outweighs what it has to say
+    "dmd-mean": ("batch", "sample"),  # in eq. (5)
+}
 
 
 # ---- Densities with exact velocities ---------------------------------------------------------------------
@@ -69,6 +94,19 @@ class Mixture:
             eps, log_p = truncated_normal(lo, hi)
         weight = log_p.sum(-1, keepdim=True).softmax(1)  # posterior of the component, (B, K, 1)
         return (((weight * eps).sum(1) - y[:, 0]) / (1 - t[:, 0])).to(z.dtype)
+
+    def cdf(self, y, directions):
+        """The share of the density below y (m,) in directions (2, D): float64 (D, m)."""
+        total = 0
+        for centre in self.centres @ directions.double():  # (D,) of each component
+            z = y - centre[:, None]
+            if self.shape == "gaussian":
+                total = total + torch.special.ndtr(z / self.size)
+            else:  # a box seen from aside is the sum of two uniforms, on [-a, a] and [-b, b]: a trapezoid
+                a, b = self.size * directions.double().abs()[:, :, None]
+                area = lambda z: z.clamp(min=0).square() / (8 * a * b)
+                total = total + area(z + a + b) - area(z + a - b) - area(z - a + b) + area(z - a - b)
+        return total / len(self.centres)
 
     def flow(self, z, grid, substeps=2):
         """Exact ODE states at the times of a falling grid, from z: (len(grid), B, 2). RK4, float64."""
@@ -130,6 +168,8 @@ class MLP(nn.Module):
         self.last = nn.Linear(width, 2)
 
     def forward(self, z, t, r):
+        if t.stride(0) == r.stride(0) == 0:  # a sampler's time is one number for all points: embed it once
+            t, r = t[:1], r[:1]
         e = (1 - self.gate) * self.embed_t(fourier(t[:, None], self.time))
         e = e + self.gate * self.embed_r(fourier(r[:, None], self.time))
         h = self.first(fourier(z, self.space)) + e
@@ -143,12 +183,13 @@ def fourier(x, frequencies):
     return torch.cat([x, angles.sin(), angles.cos()], 1)
 
 class Learner:
-    """A network in training by Adam, with warm-up and cosine decay, and its averaged weights."""
+    """A copy of a network, in training by Adam with warm-up and cosine decay, and its averaged weights."""
 
-    def __init__(self, model, lr, steps, betas=(0.9, 0.999), ema=0.999):
-        self.model, self.lr, self.steps, self.ema, self.updates = model, lr, steps, ema, 0
-        self.average = copy.deepcopy(model).requires_grad_(False)
-        self.optimiser = torch.optim.Adam(model.parameters(), lr, betas, fused=True)
+    def __init__(self, start, lr, steps, betas=(0.9, 0.999), ema=0.999):
+        self.lr, self.steps, self.ema, self.updates = lr, steps, ema, 0
+        self.model = copy.deepcopy(start).requires_grad_(True)
+        self.average = copy.deepcopy(start).requires_grad_(False)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr, betas, fused=True)
 
     def update(self, step):
         """With the gradients that are there, in the learning rate of that step."""
@@ -173,63 +214,64 @@ def repeat(stage, steps, one_step):
             bar.set_postfix_str(f"loss {loss:.4f}")
     return time.perf_counter() - start
 
-def fit(stage, model, loss_of, steps, lr):
-    """Train a network by `loss_of(model, progress)`. Returns the average of its weights, and seconds."""
-    learner = Learner(model, lr, steps)
-
-    def one_step(i):
-        loss = loss_of(model, i / steps)
-        loss.backward()
-        learner.update(i)
-        return loss.item()
-
-    seconds = repeat(stage, steps, one_step)
-    return learner.average, seconds
-
-def train(density, methods, steps, batch, exact_teacher):
+def train(density, methods, steps, batch, exact_teacher, recipe):
     """The stages of the paper, in order. Returns {method: network} and {method: seconds of its own stage}."""
     nets, seconds = {}, {}
+    data = lambda: density.sample(batch)
+    more, gentle = max(1, steps // 5), dict(betas=(0.0, 0.999), ema=0.99)  # how stage 2 and its control learn
 
-    def teacher_loss(model, _):
-        return anyflow.flow_matching_loss(model, density.sample(batch))
+    def fit(name, start, loss_of, *options, **more_options):
+        """Train a copy of a network by `loss_of(model, progress)`; keep the average of its weights."""
+        learner = Learner(start, *options, **more_options)
 
-    nets["teacher"], seconds["teacher"] = fit("teacher", MLP(), teacher_loss, 2 * steps, 3e-3)
-    # What the students learn from. Every student starts as the teacher.
-    trained = nets["teacher"]
+        def one_step(i):
+            loss = loss_of(learner.model, i / learner.steps)
+            loss.backward()
+            learner.update(i)
+            return loss.item()
+
+        nets[name], seconds[name] = learner.average, repeat(name, learner.steps, one_step)
+
+    def consistency_loss(model, progress, share=1):  # finer teacher steps later: first fast, then exact
+        x, weight, finer = data()[::share], lambda t: 1 / (t + 0.05) ** 2, int(10 * 4**progress)
+        return anyflow.consistency_loss(model, velocity, x, steps=finer, weight=weight)
+
+    def flow_map_loss(model, progress=1.0):
+        teacher = velocity if recipe["velocity"] == "teacher" else None
+        loss = anyflow.flow_map_loss(model, data(), teacher=teacher, weight=recipe["weight"],
+                                     balance=recipe["balance"])
+        return loss + consistency_loss(model, progress, share=2) if recipe["ends"] else loss
+
+    fit("teacher", MLP(), lambda model, _: anyflow.flow_matching_loss(model, data()), 3e-3, 2 * steps)
+    trained = nets["teacher"]  # every student starts as the teacher, and learns from its velocity
     velocity = nets["teacher"] = density.velocity if exact_teacher else trained
-    student = lambda net=trained: copy.deepcopy(net).requires_grad_(True)
-
-    # An error at small t lands on the sample, and no later step mends it: so small t weighs more. The paper's
-    # w(t) = t sqrt(1 - t) weighs it less, since it was made for the data's velocity, which is noisy there.
-    def flow_map_loss(model, _=None):
-        weight = lambda t: 1 / (t + 0.05)
-        x = density.sample(batch)
-        return anyflow.flow_map_loss(model, x, teacher=velocity, weight=weight, balance=False)
-
-    def consistency_loss(model, progress):  # finer teacher steps as training goes on: first fast, then exact
-        weight, finer = lambda t: 1 / (t + 0.05) ** 2, int(10 * 4**progress)
-        return anyflow.consistency_loss(model, velocity, density.sample(batch), steps=finer, weight=weight)
-
-    for name, loss in (("consistency", consistency_loss), ("anyflow-forward", flow_map_loss)):
-        if name in methods or (name == "anyflow-forward" and "anyflow" in methods):
-            nets[name], seconds[name] = fit(name, student(), loss, steps, 2e-3)
-    if "anyflow" in methods:
-        nets["anyflow"], seconds["anyflow"] = on_policy(student(nets["anyflow-forward"]), velocity, student(),
-                                                        flow_map_loss, batch, max(1, steps // 5))
+    if "consistency" in methods:
+        fit("consistency", trained, consistency_loss, 2e-3, steps)
+    if any(name.startswith("anyflow") for name in methods):
+        fit("anyflow-forward", trained, flow_map_loss, 2e-3, steps)
+    if "anyflow-control" in methods:
+        start, loss_of = nets["anyflow-forward"], lambda model, _: flow_map_loss(model)
+        fit("anyflow-control", start, loss_of, recipe["rate"], more, **gentle)
+    if "anyflow" in methods or "anyflow-gamma" in methods:
+        learners = {name: Learner(start, recipe["rate"], more, **gentle)
+                    for name, start in (("student", nets["anyflow-forward"]), ("fake", trained))}
+        seconds["anyflow"] = on_policy(learners, velocity, flow_map_loss, batch, recipe)
+        nets["anyflow"] = learners["student"].average
+    if "anyflow-gamma" in methods:
+        nets["anyflow-gamma"], seconds["anyflow-gamma"] = nets["anyflow"], seconds["anyflow"]
     return nets, seconds
 
-def on_policy(student, judge, fake, flow_map_loss, batch, steps):
-    """Stage 2 of a student, judged by the teacher. Returns the average of its weights, and seconds."""
-    learners = {name: Learner(net, 3e-4, steps, betas=(0.0, 0.999), ema=0.99)
-                for name, net in (("student", student), ("fake", fake))}
+def on_policy(learners, judge, flow_map_loss, batch, recipe):
+    """Stage 2 of learners["student"], judged by the teacher, with learners["fake"]. Returns seconds."""
+    student, fake = learners["student"].model, learners["fake"].model
 
     def rollout(batch):
-        grid = anyflow.time_grid(random.choice([1, 2, 4]))
+        grid = anyflow.time_grid(random.choice(recipe["rollout"]))
         k = random.randrange(len(grid) - 1)
         x_hat = anyflow.backward_simulation(student, torch.randn(batch, 2), grid, k)
-        # Beyond t = 0.85 the fake score's error outweighs what it has to say.
-        of_dmd = dict(t=0.02 + 0.83 * torch.rand(batch), per_sample=False)
-        return x_hat, of_dmd, lambda i: dict(repeats=4), {}
+        t = 0.02 + (recipe["dmd-times"] - 0.02) * torch.rand(batch)
+        of_dmd = dict(t=t, per_sample=recipe["dmd-mean"] == "sample")
+        return x_hat, of_dmd, lambda i: dict(repeats=recipe["fake-noises"]), {}
 
     def one_step(i):
         losses = []
@@ -238,96 +280,69 @@ def on_policy(student, judge, fake, flow_map_loss, batch, steps):
             loss.backward()
             losses.append(loss.item())
 
-        # The fake score must keep up with the student: three updates, on four noises a sample, for one.
         anyflow.on_policy_step([batch], rollout, lambda _: flow_map_loss(student), judge, fake, backward,
-                               lambda name: learners[name].update(i), dmd_weight=4.0, fake_steps=3)
+                               lambda name: learners[name].update(i), dmd_weight=recipe["dmd-weight"],
+                               fake_steps=recipe["fake-steps"])
         return sum(losses)
 
-    seconds = repeat("anyflow", steps, one_step)
-    return learners["student"].average, seconds
+    return repeat("anyflow", learners["student"].steps, one_step)
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------
 
 class Ruler:
-    """What all methods of one seed are measured with: noise, exact paths of some of it, data."""
+    """What all methods of one seed are measured with: noise, exact paths of some of it, the density's CDF.
 
-    def __init__(self, density, points, traced=500):
-        self.noise = torch.randn(points, 2)
+    The noise is a scrambled Sobol sequence, which fills the plane more evenly than random points. A sampler
+    that stays on the ODE keeps that; one that draws fresh noise loses it, and gets more points.
+    """
+
+    def __init__(self, density, points, seed=0, fresh=8, traced=500):
+        sobol = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
+        uniform = sobol.draw(fresh * points, dtype=torch.float64)
+        self.noise = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).float()
+        self.points, self.data = points, density.sample(points)
         self.exact = density.flow(self.noise[:traced], anyflow.time_grid(NFE[-1])).float()  # (65, traced, 2)
-        self.data = density.sample(points)
         angles = (torch.arange(64) + 0.5) / 64 * math.pi
         self.directions = torch.stack([angles.cos(), angles.sin()])
-        # The density's quantiles in each direction, from 8 times as many points as there are samples.
-        self.quantiles = (density.sample(8 * points) @ self.directions).sort(0).values[4::8]
-        self.floor = self.swd(self.data)  # what as many points of the density itself score
+        self.line = torch.linspace(-6, 6, 6001, dtype=torch.float64)
+        self.cdf, self.quantiles = density.cdf(self.line, self.directions).numpy(), {}
+        # What a perfect method scores: with fresh noise, random points of the density, as many as such a
+        # sampler gets, mean of four draws; without, the exact ODE from the Sobol noise.
+        self.floor = statistics.mean(self.swd(density.sample(fresh * points)) for _ in range(4))
+        grid = anyflow.time_grid(16) ** 2  # finer towards 0: to 1e-4 what the 64 steps above give
+        self.floor_ode = self.swd(density.flow(self.noise[:points], grid, substeps=1)[-1].float())
 
     def swd(self, x):
         """Sliced 2-Wasserstein distance of points (n, 2) to the density, mean of 64 directions."""
-        return ((x @ self.directions).sort(0).values - self.quantiles).square().mean(0).sqrt().mean().item()
+        if len(x) not in self.quantiles:  # as many of the density's quantiles, from its CDF
+            share = (np.arange(len(x)) + 0.5) / len(x)
+            self.quantiles[len(x)] = np.float32([np.interp(share, row, self.line) for row in self.cdf])
+        along = np.sort((x @ self.directions).T.numpy())
+        return float(np.sqrt(np.square(along - self.quantiles[len(x)]).mean(1)).mean())
+
+    def sample(self, net, n, points, gamma, **options):
+        """Samples (points, 2) in n calls, and what the traced points visit, (n + 1, traced, 2)."""
+        parts = [anyflow.sample(net, z, n, gamma=gamma, path=True, **options)
+                 for z in self.noise[:points].split(2048)]
+        return torch.cat([part[-1] for part in parts]), parts[0][:, : self.exact.shape[1]]
 
     def measure(self, method, net):
         """Per NFE: {"swd", "path_error", "budget_drift"}, the samples, and the traced points' states."""
-        options = {"teacher": dict(average=False), "consistency": dict(gamma=1.0)}.get(method, {})
         scores, states, samples = {"swd": [], "path_error": [], "budget_drift": []}, [], []
         for n in NFE:
-            parts = [anyflow.sample(net, z, n, path=True, **options) for z in self.noise.split(2500)]
-            visited = torch.cat(parts, dim=1)
-            samples.append(visited[-1])
-            states.append(visited[:, : self.exact.shape[1]])
-            scores["swd"].append(self.swd(samples[-1]))
+            gamma = {"consistency": 1.0, "anyflow-gamma": gamma_of(n)}.get(method, 0.0)
+            points = len(self.noise) if method in ("consistency", "anyflow-gamma") else self.points
+            x, visited = self.sample(net, n, points, gamma, average=method != "teacher")
+            samples.append(x)
+            states.append(visited)
+            scores["swd"].append(self.swd(x))
             # RMS distance of the states visited after the noise to the exact ODE states at the same times
-            error = states[-1][1:] - self.exact[:: NFE[-1] // n][1:]
+            error = visited[1:] - self.exact[:: NFE[-1] // n][1:]
             scores["path_error"].append(error.square().sum(-1).mean().sqrt().item())
         for x in samples:  # mean distance to the method's own 64-call sample from the same noise
             scores["budget_drift"].append((x - samples[-1]).norm(dim=-1).mean().item())
         return scores, samples, states
-
-def medians(results):
-    """{method: {measure: [median over seeds, per NFE]}}"""
-    of_nfe = lambda rows: [statistics.median(row) for row in rows]
-    return {name: {key: of_nfe(rows) for key, rows in scores.items() if key != "train_seconds"}
-            for name, scores in results["methods"].items()}
-
-def table(results):
-    """Sliced Wasserstein distance by method and NFE, median over seeds, as text."""
-    rows = {name: [*scores["swd"], f"{results['methods'][name]['train_seconds']:.0f} s"]
-            for name, scores in medians(results).items()}
-    title = f"sliced Wasserstein distance, lower is better, sampling floor {results['floor']:.4f}"
-    return plots.table(title, [*NFE, "train"], rows, digits=4)
-
-def judge(results):
-    """The paper's claims, each decided by the medians over seeds: [{"claim", "holds", "figures"}]."""
-    scores = medians(results)
-    at = {n: i for i, n in enumerate(NFE)}
-    claims = plots.Claims(NFE, digits=4)
-    teacher, consistency, forward, student = (scores.get(name, {}).get("swd") for name in METHODS)
-    if teacher:
-        claims.add("the Euler teacher needs many calls: 4 calls are at least 3 times worse than 64",
-                   teacher[at[4]] >= 3 * teacher[-1], teacher)
-    if consistency:
-        claims.add("consistency gets worse with more calls: 64 calls are worse than 1.5 times its best",
-                   consistency[-1] > 1.5 * min(consistency), consistency)
-    if student:
-        claims.add("AnyFlow is any-step: no budget is worse than 1.1 times the best of the smaller ones",
-                   all(student[i] <= 1.1 * min(student[:i]) for i in range(1, len(NFE))), student)
-    for name, other in (("its teacher", teacher), ("consistency", consistency)):
-        if student and other:
-            claims.add(f"AnyFlow is better than {name} at every number of calls",
-                       all(a < b for a, b in zip(student, other)), student, other)
-    if student and forward:
-        claims.add("on-policy training improves 1 and 2 calls by 15 % and costs no other more than 10 %",
-                   all(a <= (0.85 if n <= 2 else 1.1) * b for n, a, b in zip(NFE, student, forward)),
-                   student, forward)
-    if student and consistency:
-        ours, theirs = scores["anyflow"], scores["consistency"]
-        a, b = (of["path_error"][at[8]] for of in (ours, theirs))
-        claims.add("AnyFlow follows the ODE path at 8 calls: a tenth of consistency's distance to it",
-                   a <= b / 10, f"{a:.4f} / {b:.4f}")
-        a, b = (of["budget_drift"][at[4]] for of in (ours, theirs))
-        claims.add("AnyFlow shows at 4 calls what 64 will give: a fifth of consistency's drift", a <= b / 5,
-                   f"{a:.4f} / {b:.4f}")
-    return claims.rows
 
 
 # ---- Command line ----------------------------------------------------------------------------------------
@@ -337,6 +352,8 @@ def parse(argv):
     add = parser.add_argument
     add("--density", choices=DENSITIES, default="checkerboard")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="teacher is always one")
+    add("--recipe", choices=("tuned", "published"), default="tuned", help="our choices or the paper's")
+    add("--undo", nargs="+", choices=RECIPE, default=[], help="the paper's choice in these alone")
     add("--exact-teacher", action="store_true", help="distil the closed-form velocity, not the trained one")
     add("--seeds", type=positive, default=1, help="how many; results are medians over them (default 1)")
     add("--seed", type=int, default=0, help="the first (default 0)")
@@ -344,27 +361,47 @@ def parse(argv):
     add("--batch", type=positive, default=512, help="(default 512)")
     add("--out", type=Path, default=Path("out/flow2d"))
     add("--fast", action="store_true", help="half a minute: fewer steps and samples")
+    add("--choose-gamma", action="store_true", help="instead: train AnyFlow, measure many gamma, draw them")
     args = parser.parse_args(argv)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.out):
-            pass
+        (args.out / "networks").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"cannot write to --out {args.out}: {error.strerror}")
     return args
 
-def run(args):
-    start = time.perf_counter()
+def trained(args, methods):
+    """For each seed: what `train` gives, and the ruler."""
     density = DENSITIES[args.density]()
-    steps, points = (args.steps or 1000, 10000) if args.fast else (args.steps or 5000, 50000)
-    options = {"steps": steps, "batch": args.batch, "seed": args.seed, "exact_teacher": args.exact_teacher}
-    results = {"density": args.density, "options": options, "nfe": NFE, "floor": 0.0, "methods": {}}
-    floors, seconds = [], {}
+    steps, points = (args.steps or 1000, 2**12) if args.fast else (args.steps or 5000, 2**15)
+    undone = RECIPE if args.recipe == "published" else args.undo
+    recipe = {name: pair[name in undone] for name, pair in RECIPE.items()}
     for seed in range(args.seed, args.seed + args.seeds):
         torch.manual_seed(seed)
         random.seed(seed)
-        nets, took = train(density, args.methods, steps, args.batch, args.exact_teacher)
-        ruler, samples, states = Ruler(density, points), {}, {}
+        nets, seconds = train(density, methods, steps, args.batch, args.exact_teacher, recipe)
+        yield nets, seconds, Ruler(density, points, seed)
+
+def choose_gamma(args):
+    """Distances of AnyFlow by gamma and calls, and which c of `gamma_of` is best."""
+    gammas, nfe = [0.0] + [2.0**-k for k in range(6, -1, -1)], NFE[1:]  # one call draws no noise
+    score = lambda ruler, net, n, gamma: ruler.swd(ruler.sample(net, n, 2 * ruler.points, gamma)[0])
+    scores = np.array([[[score(ruler, nets["anyflow"], n, gamma) for n in nfe] for gamma in gammas]
+                       for nets, _, ruler in trained(args, ["anyflow"])])  # (seeds, gammas, NFE)
+    rows = {f"gamma {gamma:.4f}": row.tolist() for gamma, row in zip(gammas, np.median(scores, 0))}
+    print(plots.table("sliced Wasserstein distance, lower is better, median", nfe, rows, digits=4))
+    for c in (0, 1, 2, 4):
+        rule = [scores[:, gammas.index(gamma_of(n, c)), i] for i, n in enumerate(nfe)]
+        print(f"gamma = min(1, {c} / calls): {np.exp(np.log(rule).mean()):.4f}, geometric mean of all")
+    plots.gammas(gammas, nfe, scores, args.out / "gamma.png")
+
+def run(args):
+    start = time.perf_counter()
+    options = {key: str(value) for key, value in vars(args).items()}
+    results = {"density": args.density, "options": options, "nfe": NFE, "gamma": [*map(gamma_of, NFE)],
+               "floor": 0.0, "floor_ode": 0.0, "methods": {}}
+    floors, seconds = [], {}
+    for nets, took, ruler in trained(args, args.methods):
+        samples, states = {}, {}
         for name, net in nets.items():
             scores, samples[name], states[name] = ruler.measure(name, net)
             entry = results["methods"].setdefault(name, {key: [[] for _ in NFE] for key in scores})
@@ -373,23 +410,27 @@ def run(args):
                     row.append(value)
             seconds.setdefault(name, []).append(took[name])
             entry["train_seconds"] = statistics.median(seconds[name])  # of this stage alone
-        floors.append(ruler.floor)
-        results["floor"] = statistics.median(floors)
-        results["claims"] = judge(results)
+        floors.append((ruler.floor, ruler.floor_ode))
+        results["floor"], results["floor_ode"] = map(statistics.median, zip(*floors))
+        results["claims"] = plots.judge(results)
         results["seconds"] = time.perf_counter() - start
         write_json(args.out / "results.json", results)
         plots.quality(results, args.out / "quality.png")
-        if seed == args.seed:
+        if len(floors) == 1:
+            for name, net in nets.items():
+                if isinstance(net, nn.Module):  # an exact teacher is none
+                    write(args.out / f"networks/{name}.safetensors", partial(save_file, net.state_dict()))
             plots.sample_grid(ruler.data, samples, NFE, args.out / "samples.png")
             plots.trajectories(ruler.exact, states, NFE, args.out / "trajectories.png")
             plots.jumping(states, NFE, args.out / "jumping.gif")
-    print(table(results))
+    print(plots.distances(results))
     plots.print_claims(results["claims"])
     print(f"figures and results.json in {args.out}; {time.perf_counter() - start:.0f} s")
 
 def main(argv=None):
     args = parse(argv)
-    command("toy.flow2d", lambda: run(args), "what the finished seeds gave is in place")
+    work = choose_gamma if args.choose_gamma else run
+    command("toy.flow2d", lambda: work(args), "what the finished seeds gave is in place")
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,7 @@
 """What the toys show: tables, claims, figures and animations. A file is written wholly or not at all."""
 
+import statistics
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,7 +15,9 @@ STYLE = {
     "teacher": dict(color="#666666", marker="s", linestyle=":", label="teacher (Euler)"),
     "consistency": dict(color="#D55E00", marker="^", linestyle="--", label="consistency"),
     "anyflow-forward": dict(color="#56B4E9", marker="v", linestyle="-.", label="AnyFlow, forward only"),
+    "anyflow-control": dict(color="#009E73", marker="d", linestyle="-.", label="stage 1, as long as AnyFlow"),
     "anyflow": dict(color="#0072B2", marker="o", linestyle="-", label="AnyFlow"),
+    "anyflow-gamma": dict(color="#CC79A7", marker="P", linestyle="--", label="AnyFlow, re-noised"),
 }
 plt.switch_backend("Agg")
 plt.rcParams.update({"figure.dpi": 110, "savefig.bbox": "tight", "font.size": 10, "axes.spines.top": False,
@@ -80,6 +84,57 @@ def _grid(names, titles, size, limit=2.5, **options):
             axis.set_title(title if name == names[0] else "")
     return figure, dict(zip(names, axes))
 
+def medians(results):
+    """{method: {measure: [median over seeds, per NFE]}}"""
+    of_nfe = lambda rows: [statistics.median(row) for row in rows]
+    return {name: {key: of_nfe(rows) for key, rows in scores.items() if key != "train_seconds"}
+            for name, scores in results["methods"].items()}
+
+def distances(results):
+    """Sliced Wasserstein distance by method and NFE, median over seeds, as text."""
+    rows = {name: [*scores["swd"], f"{results['methods'][name]['train_seconds']:.0f} s"]
+            for name, scores in medians(results).items()}
+    title = (f"sliced Wasserstein distance, lower is better; sampling floor {results['floor']:.4f}, without"
+             f" fresh noise {results['floor_ode']:.4f}")
+    return table(title, [*results["nfe"], "train"], rows, digits=4)
+
+def judge(results):
+    """The claims of the 2-D toy, decided by the medians over seeds: [{"claim", "holds", "figures"}]."""
+    nfe, scores = results["nfe"], medians(results)
+    at = {n: i for i, n in enumerate(nfe)}
+    claims = Claims(nfe, digits=4)
+
+    def claim(text, holds, *names, key="swd"):
+        """Decided by holds(*numbers per NFE of these methods), if all were measured."""
+        if all(name in scores for name in names):
+            numbers = [scores[name][key] for name in names]
+            claims.add(text, holds(*numbers), *numbers)
+
+    claim("the Euler teacher needs many calls: 4 calls are at least 3 times worse than 64",
+          lambda a: a[at[4]] >= 3 * a[-1], "teacher")
+    claim("consistency gets worse with more calls: 64 calls are worse than 1.5 times its best",
+          lambda a: a[-1] > 1.5 * min(a), "consistency")
+    claim("AnyFlow is any-step: no budget is worse than 1.1 times the best of the smaller ones",
+          lambda a: all(a[i] <= 1.1 * min(a[:i]) for i in range(1, len(nfe))), "anyflow")
+    for name, other in (("its teacher", "teacher"), ("consistency", "consistency")):
+        claim(f"AnyFlow is better than {name} at every number of calls",
+              lambda a, b: all(x < y for x, y in zip(a, b)), "anyflow", other)
+    for text, other in (("on-policy training", "anyflow-forward"),
+                        ("DMD, against as many steps without it,", "anyflow-control")):
+        claim(f"{text} improves 1 and 2 calls by 15 % and costs no other more than 10 %",
+              lambda a, b: all(x <= (0.85 if n <= 2 else 1.1) * y for n, x, y in zip(nfe, a, b)),
+              "anyflow", other)
+    claim("AnyFlow follows the ODE path at 8 calls: a tenth of consistency's distance to it",
+          lambda a, b: a[at[8]] <= b[at[8]] / 10, "anyflow", "consistency", key="path_error")
+    claim("AnyFlow shows at 4 calls what 64 will give: a fifth of consistency's drift",
+          lambda a, b: a[at[4]] <= b[at[4]] / 5, "anyflow", "consistency", key="budget_drift")
+    for text, other, least in (("consistency at every number of", "consistency", 1),
+                               ("gamma 0 from 4", "anyflow", 4)):
+        claim(f"AnyFlow with gamma is better than {text} calls, or level (5 %)",
+              lambda a, b: all(x <= 1.05 * y for n, x, y in zip(nfe, a, b) if n >= least),
+              "anyflow-gamma", other)
+    return claims.rows
+
 def quality(results, path):
     """Wasserstein distance, path error and drift against network calls: medians, and a band over seeds."""
     nfe, methods = results["nfe"], results["methods"]
@@ -104,6 +159,20 @@ def quality(results, path):
     plural = "s: lines are medians, bands the range" if seeds > 1 else ""
     title = f"{results['density']}, {seeds} seed{plural}. Lower is better everywhere."
     figure.suptitle(title, fontsize=11, y=1.06)
+    _save(figure, path)
+
+def gammas(gammas, nfe, scores, path):
+    """Distance against gamma, a line for each number of calls. scores: (seeds, gammas, NFE)."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    x, colours = range(len(gammas)), plt.get_cmap("viridis")(np.linspace(0, 0.9, len(nfe)))
+    for n, y, colour, marker in zip(nfe, np.median(scores, 0).T, colours, "os^vDP"):
+        axis.plot(x, y, color=colour, marker=marker, markersize=5, label=_calls(n))
+    axis.set(yscale="log", ylabel="better  ←  sliced Wasserstein distance, data units",
+             xlabel="gamma: 0 stays on the ODE path, 1 goes back to fresh noise after every jump")
+    axis.set_xticks(x, [f"1/{1 / g:.0f}" if 0 < g < 1 else f"{g:.0f}" for g in gammas])
+    axis.set_title(f"AnyFlow, median of {len(scores)} seeds")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.25)
     _save(figure, path)
 
 def trajectories(exact, states, nfe, path, budgets=(1, 2, 4, 16), count=16):
