@@ -3,7 +3,7 @@
     python -m toy.flow2d                       # checkerboard, one seed: table, claims, figures in out/flow2d
     python -m toy.flow2d --density mixture --exact-teacher
     python -m toy.flow2d --recipe published    # the paper's choices; --undo NAME takes one of them
-    python -m toy.flow2d --fast                # half a minute
+    python -m toy.flow2d --fast                # under a minute
 
 Trains a flow-matching teacher, distils it by consistency distillation (the baseline), by forward flow-map
 training (AnyFlow stage 1) and on-policy (stage 2), and measures each at 1, 2, 4, ..., 64 network calls. Every
@@ -33,7 +33,6 @@ from toy import plots
 NFE = [1, 2, 4, 8, 16, 32, 64]  # network calls, each a divisor of the next: the grids are nested
 # anyflow-control: as many more steps of stage 1 as stage 2 has; anyflow-gamma: anyflow's network, re-noised
 METHODS = ["teacher", "consistency", "anyflow-forward", "anyflow-control", "anyflow", "anyflow-gamma"]
-
 def gamma_of(calls, c=2.0):
     """The more jumps, the less noise after each. c: what `--choose-gamma` found best on seeds 10 to 12."""
     return min(1.0, c / calls)
@@ -97,16 +96,13 @@ class Mixture:
 
     def cdf(self, y, directions):
         """The share of the density below y (m,) in directions (2, D): float64 (D, m)."""
-        total = 0
-        for centre in self.centres @ directions.double():  # (D,) of each component
-            z = y - centre[:, None]
-            if self.shape == "gaussian":
-                total = total + torch.special.ndtr(z / self.size)
-            else:  # a box seen from aside is the sum of two uniforms, on [-a, a] and [-b, b]: a trapezoid
-                a, b = self.size * directions.double().abs()[:, :, None]
-                area = lambda z: z.clamp(min=0).square() / (8 * a * b)
-                total = total + area(z + a + b) - area(z + a - b) - area(z - a + b) + area(z - a - b)
-        return total / len(self.centres)
+        z = y - (self.centres @ directions.double())[..., None]  # (K, D, m)
+        if self.shape == "gaussian":
+            return torch.special.ndtr(z / self.size).mean(0)
+        # A box projected on a line is the sum of two uniforms, on [-a, a] and [-b, b]: a trapezoid.
+        a, b = self.size * directions.double().abs()[..., None]
+        area = lambda z: z.clamp(min=0).square() / (8 * a * b)
+        return (area(z + a + b) - area(z + a - b) - area(z - a + b) + area(z - a - b)).mean(0)
 
     def flow(self, z, grid, substeps=2):
         """Exact ODE states at the times of a falling grid, from z: (len(grid), B, 2). RK4, float64."""
@@ -360,7 +356,7 @@ def parse(argv):
     add("--steps", type=positive, help="of a student (default 5000, --fast 1000); the teacher has twice")
     add("--batch", type=positive, default=512, help="(default 512)")
     add("--out", type=Path, default=Path("out/flow2d"))
-    add("--fast", action="store_true", help="half a minute: fewer steps and samples")
+    add("--fast", action="store_true", help="under a minute: fewer steps and samples")
     add("--choose-gamma", action="store_true", help="instead: train AnyFlow, measure many gamma, draw them")
     args = parser.parse_args(argv)
     try:
@@ -395,11 +391,9 @@ def choose_gamma(args):
     plots.gammas(gammas, nfe, scores, args.out / "gamma.png")
 
 def run(args):
-    start = time.perf_counter()
-    options = {key: str(value) for key, value in vars(args).items()}
-    results = {"density": args.density, "options": options, "nfe": NFE, "gamma": [*map(gamma_of, NFE)],
-               "floor": 0.0, "floor_ode": 0.0, "methods": {}}
-    floors, seconds = [], {}
+    start, floors, seconds = time.perf_counter(), [], {}
+    results = {"density": args.density, "options": vars(args) | {"out": str(args.out)}, "nfe": NFE,
+               "gamma": [*map(gamma_of, NFE)], "floor": 0.0, "floor_ode": 0.0, "methods": {}}
     for nets, took, ruler in trained(args, args.methods):
         samples, states = {}, {}
         for name, net in nets.items():
@@ -430,7 +424,7 @@ def run(args):
 def main(argv=None):
     args = parse(argv)
     work = choose_gamma if args.choose_gamma else run
-    command("toy.flow2d", lambda: work(args), "what the finished seeds gave is in place")
+    command("toy.flow2d", partial(work, args), "what the finished seeds gave is in place")
 
 if __name__ == "__main__":
     main()

@@ -152,7 +152,8 @@ def quality(results, path):
         _budget_axis(axis, nfe)
         axis.set_title(title)
     axes[0].axhline(results["floor"], color="black", lw=0.8)
-    axes[0].text(nfe[0], results["floor"] * 1.06, "sampling floor", fontsize=8)
+    floor = f"sampling floor ({results['floor_ode']:.4f} without fresh noise)"
+    axes[0].text(nfe[0], results["floor"] * 1.06, floor, fontsize=8)
     axes[0].set_ylabel("better  ←  data units")
     axes[0].legend(fontsize=8)
     seeds = len(next(iter(methods.values()))["swd"][0])
