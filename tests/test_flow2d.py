@@ -40,7 +40,7 @@ def test_closed_form_cdf_is_that_of_the_samples(name):
     """Kolmogorov-Smirnov, in eight directions: 2 / sqrt(n) is passed by one in 1500 by chance."""
     density, n, angles = flow2d.DENSITIES[name](), 20000, (torch.arange(8) + 0.5) / 8 * math.pi
     directions, line = torch.stack([angles.cos(), angles.sin()]), torch.linspace(-6, 6, 2001).double()
-    x = (density.sample(n) @ directions).T.sort().values.double()
+    x = (density.sample(n) @ directions).T.contiguous().sort().values.double()
     below = torch.searchsorted(x, line.expand(8, -1).contiguous()) / n
     cdf = density.cdf(line, directions)
     assert (cdf - below).abs().max() < 2 / math.sqrt(n)
