@@ -172,7 +172,7 @@ def gammas(gammas, nfe, scores, path):
              xlabel="gamma: 0 stays on the ODE path, 1 returns to fresh noise after each jump")
     for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         set_formatter("{x:.3f}")
-    axis.set_xticks(x, [f"1/{1 / g:.0f}" if 0 < g < 1 else f"{g:.0f}" for g in gammas])
+    axis.set_xticks(x, [f"{gamma:.2g}" for gamma in gammas])
     axis.set_title(f"AnyFlow, median of {len(scores)} seeds")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.25)
