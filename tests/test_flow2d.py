@@ -123,7 +123,7 @@ def test_the_same_seed_gives_the_same_results(tmp_path):
 
 
 def test_networks_are_saved_and_give_what_was_measured(tmp_path):
-    run(tmp_path, "anyflow-control", "anyflow-gamma")
+    run(tmp_path, "--methods", "anyflow-control", "anyflow-gamma")
     files = {path.stem: path for path in (tmp_path / "networks").iterdir()}
     assert files.keys() == {"teacher", "anyflow-forward", "anyflow-control", "anyflow", "anyflow-gamma"}
     weights = {name: load_file(path) for name, path in files.items()}

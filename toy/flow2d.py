@@ -3,7 +3,6 @@
     python -m toy.flow2d                       # checkerboard, one seed: table, claims, figures in out/flow2d
     python -m toy.flow2d --density mixture --exact-teacher
     python -m toy.flow2d --recipe published    # the paper's choices; --undo NAME takes one of them
-    python -m toy.flow2d --fast                # under a minute
 
 Trains a flow-matching teacher, distils it by consistency distillation (the baseline), by forward flow-map
 training (AnyFlow stage 1) and on-policy (stage 2), and measures each at 1, 2, 4, ..., 64 network calls. Every
@@ -360,7 +359,7 @@ def parse(argv):
     add("--choose-gamma", action="store_true", help="instead: train AnyFlow, measure many gamma, draw them")
     args = parser.parse_args(argv)
     try:
-        (args.out / "networks").mkdir(parents=True, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"cannot write to --out {args.out}: {error.strerror}")
     return args
@@ -411,6 +410,7 @@ def run(args):
         write_json(args.out / "results.json", results)
         plots.quality(results, args.out / "quality.png")
         if len(floors) == 1:
+            (args.out / "networks").mkdir(exist_ok=True)
             for name, net in nets.items():
                 if isinstance(net, nn.Module):  # an exact teacher is none
                     write(args.out / f"networks/{name}.safetensors", partial(save_file, net.state_dict()))
