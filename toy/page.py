@@ -68,13 +68,13 @@ def trained(density, steps, seed):
 
 def page(networks):
     """The page of networks {density: {method: state dict}}. ValueError where it comes out too large."""
-    looks = {name: {key: plots.STYLE[name][key] for key in ("color", "marker")} for name in STARTS}
     model, densities = flow2d.MLP(), {}
     for name, states in networks.items():
         density = flow2d.DENSITIES[name]()
         densities[name] = dict(centres=density.centres.tolist(), size=density.size, shape=density.shape,
                                weights=pack(states))
-    data = dict(methods=looks, starts=STARTS, bits=BITS, gate=model.gate, space=model.space.tolist(),
+    markers = {name: plots.STYLE[name]["marker"] for name in STARTS}
+    data = dict(markers=markers, starts=STARTS, bits=BITS, gate=model.gate, space=model.space.tolist(),
                 time=model.time.tolist(), shapes=shapes(), densities=densities)
     text = TEMPLATE.read_text().replace("{{data}}", json.dumps(data))
     if len(text.encode()) > LIMIT:
