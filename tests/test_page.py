@@ -16,12 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 import anyflow
-from toy import flow2d, page
+from toy import flow2d, page, plots
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
-needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 
 
 class Browser:
@@ -32,13 +31,15 @@ class Browser:
         ours = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (read, write)]
         arguments = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
         hand = lambda: [os.dup2(end, number) for number, end in zip((3, 4), ours)]  # it reads 3, writes 4
-        self.process = subprocess.Popen(arguments, preexec_fn=hand, pass_fds=(3, 4), stderr=subprocess.DEVNULL)
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(arguments, preexec_fn=hand, pass_fds=(3, 4), **quiet)
         for end in (read, write, *ours):
             os.close(end)
         self.count, self.rest, self.events, self.session = itertools.count(1), b"", [], {}
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        for domain in ("Runtime", "Network", "Log", "Page"):
+        attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
+        for domain in ("Runtime", "Network", "Log", "Page", "Performance"):
             self.send(f"{domain}.enable")
 
     def close(self):
@@ -89,8 +90,8 @@ class Browser:
             time.sleep(0.05)
 
     def mouse(self, kind, x, y):
-        button = {"button": "left", "buttons": 1, "clickCount": 1} if kind != "mouseReleased" else {"button": "left"}
-        self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+        how = dict(button="left", buttons=int(kind != "mouseReleased"), clickCount=1)
+        self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, **how)
 
     def drag(self, start, *stops):
         self.mouse("mousePressed", *start)
@@ -98,9 +99,21 @@ class Browser:
             self.mouse("mouseMoved", *stop)
         self.mouse("mouseReleased", *(stops or [start])[-1])
 
+    def click(self, selector):
+        self.drag(self.centre(selector)[:2])
+
     def key(self, name):
-        for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=name, code=name)
+        codes = dict(ArrowLeft=37, ArrowUp=38, ArrowRight=39, ArrowDown=40, Delete=46, n=78)
+        for kind in ("rawKeyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key=name, windowsVirtualKeyCode=codes[name])
+
+    def seconds(self, code):
+        """CPU seconds that the page's one thread takes for an expression, whatever else the machine does."""
+        used = lambda: next(m["value"] for m in self.send("Performance.getMetrics")["metrics"]
+                            if m["name"] == "ThreadTime")
+        start = used()
+        self.js(code)
+        return used() - start
 
     def centre(self, selector):
         """Where an element is on the screen, after it is scrolled there."""
@@ -116,8 +129,337 @@ class Browser:
 
     def complaints(self):
         """What went to the console, and every request but for the file itself and data in it."""
-        found = [event for event in self.events
-                 if event["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")]
+        spoken = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+        found = [event for event in self.events if event["method"] in spoken]
         urls = [event["params"]["request"]["url"] for event in self.events
                 if event["method"] == "Network.requestWillBeSent"]
         return found, [url for url in urls if not url.startswith(("file:///", "data:", "about:"))]
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return {name: page.trained(name, 20, seed) for seed, name in enumerate(flow2d.DENSITIES)}
+
+
+@pytest.fixture(scope="module")
+def file(networks, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "explore.html"
+    path.write_text(page.page(networks))
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(file, tmp_path_factory):
+    if not CHROMIUM:
+        pytest.skip("no Chromium here")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    try:
+        assert browser.complaints() == ([], [])
+    finally:
+        browser.close()
+
+
+def mlp(state):
+    net = flow2d.MLP()
+    net.load_state_dict(state)
+    return net.requires_grad_(False)
+
+
+def points(text):
+    return torch.tensor(text).reshape(-1, 2)
+
+
+def flat(z):
+    return json.dumps(z.flatten().tolist())
+
+
+def test_networks_are_those_of_torch(browser, file, networks):
+    browser.open(file)
+    for density, states in networks.items():
+        for method, state in states.items():
+            net, z = mlp(state), 1.5 * torch.randn(45, 2)  # no whole number of blocks
+            for t, r in ((1.0, 0.0), (0.7, 0.7), (0.61, 0.13), (0.02, 0.0)):
+                code = f"Array.from(explore.network(explore.NETS['{density}{method}'], {flat(z)}, {t}, {r}))"
+                u = net(z, torch.full((45,), t), torch.full((45,), r))
+                assert (points(browser.js(code)) - u).abs().max() < 1e-4, (density, method, t, r)
+
+
+def exact(density, z, t):
+    """Mixture.velocity of one point, by its definition, in 60 digits."""
+    with mpmath.workdps(60):
+        t = min(max(mpmath.mpf(t), mpmath.mpf(1e-6)), 1 - mpmath.mpf(1e-6))
+        parts, size = [], mpmath.mpf(density.size)
+        for centre in density.centres.tolist():
+            weight, means = mpmath.mpf(1), []
+            for y, c in zip(z, centre):
+                if density.shape == "gaussian":
+                    var = ((1 - t) * size) ** 2 + t**2
+                    weight *= mpmath.exp(-((y - (1 - t) * c) ** 2) / (2 * var))
+                    means.append(t * (y - (1 - t) * c) / var)
+                    continue
+                lo, hi = ((y - (1 - t) * (c + side * size)) / t for side in (1, -1))
+                sign = -1 if lo + hi > 0 else 1  # the left tail, where masses keep their digits
+                a, b = (-hi, -lo) if sign < 0 else (lo, hi)
+                mass = mpmath.ncdf(b) - mpmath.ncdf(a)
+                weight *= mass
+                means.append(sign * (mpmath.npdf(a) - mpmath.npdf(b)) / mass)
+            parts.append((weight, means))
+        total = sum(weight for weight, _ in parts)
+        return [float((sum(w * m[i] for w, m in parts) / total - z[i]) / (1 - t)) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("name", flow2d.DENSITIES)
+def test_velocity_is_exact_in_the_tails_and_at_both_ends(browser, file, name):
+    browser.open(file)
+    density = flow2d.DENSITIES[name]()
+    for t in (0.0, 1e-5, 1e-3, 0.03, 0.3, 0.75, 0.97, 0.9999, 1.0):
+        some = torch.cat([scale * torch.randn(3, 2) for scale in (0.7, 1.5, 6)]).double()
+        code = (f"{flat(some)}.map((x, i, all) => {{ const out = [0, 0]; if (i % 2) explore.velocity("
+                f"explore.DATA.densities.{name}, all[i - 1], x, {t}, out); return out; }})"
+                ".filter((_, i) => i % 2)")
+        found = torch.tensor(browser.js(code), dtype=torch.float64)
+        wanted = torch.tensor([exact(density, z, t) for z in some.tolist()], dtype=torch.float64)
+        assert ((found - wanted).abs() / wanted.abs().clamp(min=1)).max() < 1e-4, t
+        if 1e-3 <= t <= 0.99:  # where torch's own sums lose nothing
+            error = (found - density.velocity(some, t)).abs() / wanted.abs().clamp(min=1)
+            assert error.max() < 1e-4, t
+
+
+@pytest.mark.parametrize("name", flow2d.DENSITIES)
+def test_exact_path_is_that_of_torch(browser, file, name):
+    browser.open(file)
+    z = torch.randn(6, 2).double()
+    wanted = flow2d.DENSITIES[name]().flow(z, anyflow.time_grid(64))
+    for i, (x, y) in enumerate(z.tolist()):
+        road = points(browser.js(f"Array.from(explore.flow(explore.DATA.densities.{name}, {x}, {y}))"))
+        assert (road[::2] - wanted[:, i]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("grid", [[1, 0], [1, 0.75, 0.5, 0.25, 0], [1, 0.93, 0.4, 0.37, 0.05, 0], "even"])
+def test_samplers_are_those_of_anyflow(browser, file, networks, grid, monkeypatch):
+    browser.open(file)
+    grid = anyflow.time_grid(64).tolist() if grid == "even" else grid
+    z, fresh = torch.randn(37, 2), torch.randn(64, 37, 2)
+    for density, states in networks.items():
+        for method, gamma in (("teacher", 0), ("consistency", 1), ("anyflow-forward", 0), ("anyflow", 0.4)):
+            drawn = iter(fresh)
+            monkeypatch.setattr(torch, "randn_like", lambda _: next(drawn))
+            net = mlp(states[method])
+            asked = (lambda z, t, r: net(z, t, t)) if method == "teacher" else net
+            wanted = torch.stack(anyflow._visit(asked, z, grid, gamma))
+            eps = json.dumps([row.flatten().tolist() for row in fresh[: len(grid) - 1]])
+            code = (f"explore.sample('{density}', '{method}', {flat(z)}, {grid}, 0.4, k => {eps}[k])"
+                    ".map(states => Array.from(states))")
+            if method == "anyflow-forward":
+                code = code.replace("0.4, k", "0, k")
+            found = torch.tensor(browser.js(code)).reshape(wanted.shape)
+            assert (found - wanted).abs().max() < 1e-3, (density, method)
+
+
+def test_random_numbers_are_normal_and_differ(browser, file):
+    browser.open(file)
+    z, other = (torch.tensor(browser.js(f"Array.from(explore.normals({seed}, 40000))")) for seed in (1, 2))
+    for moment, wanted in ((1, 0), (2, 1), (3, 0), (4, 3)):
+        assert (z**moment).mean().sub(wanted).abs() < 0.1
+    assert (z * other).mean().abs() < 0.03 and (z[::2] * z[1::2]).mean().abs() < 0.03
+
+
+def test_figures_are_those_of_flow2d(browser, file, networks):
+    """Measured anew in torch, from other noise: 5,000 points differ by the sampling error."""
+    browser.open(file, "d=mixture&n=2")
+    browser.until("explore.measured() !== null")
+    found, density = browser.js("explore.measured()"), flow2d.mixture()
+    ruler = flow2d.Ruler(density, 5000)
+    for method in ("teacher", "consistency", "anyflow"):
+        scores, *_ = ruler.measure(method, mlp(networks["mixture"][method]))
+        wanted = [scores[key][1] for key in ("swd", "path_error", "budget_drift")]
+        assert found[method] == pytest.approx(wanted, rel=0.15, abs=0.03), method
+
+
+def state(browser, key):
+    return browser.js(f"explore.state().{key}")
+
+
+def test_every_control_does_what_it_says(browser, file):
+    browser.open(file)
+    x, y, width, height = browser.centre("#plane")
+    picture = lambda: browser.js("document.querySelector('#plane').toDataURL()")
+    frame = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    settle = lambda: browser.js(frame)
+    scale = min(height / 4.9, width / 5.4)
+    settle()
+    before = picture()
+    browser.drag((x - 2.2 * scale, y - 1.5 * scale), (x, y), (x + scale, y - 0.5 * scale))
+    assert state(browser, "p")[0] == pytest.approx([1, 0.5], abs=0.02)
+    settle()
+    assert picture() != before
+    browser.key("ArrowLeft")
+    browser.key("ArrowUp")
+    assert state(browser, "p")[0] == pytest.approx([0.95, 0.55], abs=0.02)
+    browser.click("#scatter")
+    assert len(state(browser, "p")) == 24
+    browser.js("document.querySelector('#plane').focus()")
+    browser.key("n")
+    second = state(browser, "p")[1]
+    browser.key("ArrowRight")
+    assert state(browser, "p")[1] == pytest.approx([second[0] + 0.05, second[1]])
+    browser.click("#single")
+    assert len(state(browser, "p")) == 1
+    for name in flow2d.DENSITIES:
+        browser.click(f"input[value={name}]")
+        assert state(browser, "d") == name
+    for name in page.STARTS:
+        browser.click(f"input[value={name}]")
+    assert state(browser, "m") == []
+    browser.click("input[value=anyflow]")
+    assert state(browser, "m") == ["anyflow"]
+    for control, key, value in (("calls", "n", 5), ("gamma", "g", 0.05), ("moment", "t", 0.005)):
+        browser.js(f"document.querySelector('#{control}').focus()")
+        browser.key("ArrowLeft" if control == "moment" else "ArrowRight")
+        assert state(browser, key) == pytest.approx(value), control
+    browser.click("#play")
+    browser.until("0 < explore.state().t && explore.state().t < 0.9")
+    browser.click("#play")
+    held = state(browser, "t")
+    time.sleep(0.3)
+    assert state(browser, "t") == pytest.approx(held, abs=1e-3) and held > 0
+    browser.click("#reroll")
+    assert state(browser, "s") == 2
+    browser.click("#what summary")
+    assert browser.js("document.querySelector('#what').open")
+    browser.click("#reset")
+    assert browser.js("explore.viewText()") == ""
+
+
+def test_times_can_be_dragged_added_and_taken_away(browser, file):
+    browser.open(file)
+    x, y, *_ = browser.centre(".knob:nth-child(2)")
+    left, _, width, _ = browser.js("(b => [b.left, b.top, b.width, b.height])"
+                                   "(document.querySelector('#track').getBoundingClientRect())")
+    browser.drag((x, y), (left + 0.6 * width, y))
+    assert state(browser, "k") == pytest.approx([0.75, 0.4, 0.25], abs=0.01)
+    browser.drag((left + 0.6 * width, y), (left + 0.99 * width, y))  # as far as its neighbour
+    assert 0.25 < state(browser, "k")[1] < 0.26
+    browser.drag((left + 0.1 * width, y))
+    assert state(browser, "n") == 5 and state(browser, "k")[0] == pytest.approx(0.9, abs=0.01)
+    browser.key("ArrowRight")
+    assert state(browser, "k")[0] == pytest.approx(0.89, abs=0.01)
+    browser.key("ArrowDown")
+    browser.key("Delete")
+    assert state(browser, "n") == 4 and state(browser, "k")[0] == pytest.approx(0.89, abs=0.01)
+    assert browser.js("explore.grid()") == [1, *state(browser, "k"), 0]
+    browser.click("#even")
+    assert browser.js("explore.grid()") == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_address_holds_the_view(browser, file):
+    fragment = "d=spiral&n=3&g=0.5&t=0.25&s=7&m=teacher,anyflow&p=0.5,-1;1,1&k=0.8,0.1"
+    browser.open(file, fragment)
+    view = browser.js("explore.state()")
+    assert view == dict(d="spiral", n=3, g=0.5, t=0.25, s=7, m=["teacher", "anyflow"], p=[[0.5, -1], [1, 1]],
+                        k=[0.8, 0.1])
+    browser.until(f"location.hash === '#{fragment}'")
+    browser.js("location.hash = '#n=9'")
+    browser.until("explore.state().n === 9 && explore.state().d === 'checkerboard'")
+
+
+@pytest.mark.parametrize("fragment", ["nonsense", "%%%&&==", "n=0&g=2&t=-1&s=x&d=moons", "n=65&p=1&k=2,1",
+                                      "n=4.5&g=NaN&t=Infinity&p=a,b", "p=9,9&k=0.2,0.8", "k=0.5,0.5&p=;"])
+def test_nonsense_in_the_address_is_the_default_view(browser, file, fragment):
+    browser.open(file, fragment)
+    assert browser.js("explore.viewText()") == ""
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_the_screen_and_every_control_has_a_name(browser, file, width, scheme, tmp_path):
+    browser.open(file, "n=6", width, scheme=scheme)
+    browser.until("explore.measured() !== null")
+    browser.screenshot(tmp_path / f"{width}-{scheme}.png")
+    assert browser.js("document.documentElement.scrollWidth") <= width
+    paper = browser.js("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, paper[4:-1].split(","))) < 384) == (scheme == "dark")
+    nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
+    roles = {"button", "slider", "radio", "checkbox", "application", "image", "img", "group"}
+    nodes = [n for n in nodes if n.get("role", {}).get("value") in roles and not n["ignored"]]
+    assert len(nodes) >= 3 + 4 + 3 + 6 + 5 + 1 + 5
+    assert all(n.get("name", {}).get("value") for n in nodes)
+    if scheme == "light":
+        for name in page.STARTS:
+            colour = browser.js(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')")
+            assert colour.strip().lower() == plots.STYLE[name]["color"].lower()
+
+
+def test_it_is_fast_enough(browser, file):
+    """5,000 samples of 64 calls in 2 s, a frame of a drag in a sixtieth of a second, of one core."""
+    browser.open(file)
+    browser.until("explore.measured() !== null")
+    cloud = "explore.sample('checkerboard', 'anyflow', explore.normals(1, 10000), explore.evenGrid(64), 0), 0"
+    browser.js(cloud)
+    assert browser.seconds(cloud) < 2
+    browser.open(file, "n=64&p=-2,0")
+    browser.until("explore.measured() !== null")
+    x, y, *_ = browser.centre("#plane")
+    frames = lambda start: f"""(async () => {{
+        const send = (kind, x) => document.querySelector('#plane').dispatchEvent(new PointerEvent(kind,
+            {{clientX: x, clientY: {y}, pointerId: 1, bubbles: true}}));
+        HTMLElement.prototype.setPointerCapture = () => 0;
+        send('pointerdown', {start});
+        for (let i = 0; i < 60; i++) {{
+            send('pointermove', {start} + i); await new Promise(requestAnimationFrame);
+        }}
+        send('pointerup', {start} + 60);
+    }})()"""
+    browser.js(frames(x))
+    assert browser.seconds(frames(x - 100)) / 60 < 1 / 60
+
+
+def kept(folder, networks, density="checkerboard", leave=None):
+    (folder / "networks").mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"density": density}))
+    for name, state in networks.items():
+        if name != leave:
+            save_file(state, folder / "networks" / f"{name}.safetensors")
+    return folder
+
+
+def test_results_become_a_page(tmp_path, networks):
+    folders = [kept(tmp_path / name, networks[name], name) for name in ("spiral", "mixture")]
+    page.main(["--out", str(tmp_path / "new" / "page.html"), "--results", *map(str, folders)])
+    text = (tmp_path / "new" / "page.html").read_text()
+    assert text == page.page({name: networks[name] for name in ("spiral", "mixture")})
+    assert "http" not in text.replace(DATA(text)["densities"]["spiral"]["weights"], "")
+
+
+def DATA(text):
+    return json.loads(text.split('id="data">')[1].split("</script>")[0])
+
+
+def test_wrong_results_are_one_sentence(tmp_path, networks):
+    nets = networks["spiral"]
+    narrow = {name: flow2d.MLP(width=32).state_dict() for name in nets}
+    good = kept(tmp_path / "good", nets)
+    for folders, words in (([tmp_path / "none"], "no file"),
+                           ([kept(tmp_path / "a", nets, leave="anyflow")], "no file .*anyflow.safetensors"),
+                           ([kept(tmp_path / "b", nets, "moons")], "density 'moons', expected one of"),
+                           ([kept(tmp_path / "c", narrow)], "shape"),
+                           ([good, good], "two folders")):
+        with pytest.raises(SystemExit, match=words):
+            page.main(["--out", str(tmp_path / "page.html"), "--results", *map(str, folders)])
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_template_is_short():
+    assert len(page.TEMPLATE.read_text().splitlines()) <= 600
+
+
+KEPT = page.TEMPLATE.with_name("explore.html")
+
+
+@pytest.mark.skipif(not KEPT.exists(), reason="no page is kept")
+def test_kept_page_is_of_the_template_and_at_most_a_megabyte():
+    text = KEPT.read_text()
+    before, after = page.TEMPLATE.read_text().split("{{data}}")
+    assert text.startswith(before) and text.endswith(after) and KEPT.stat().st_size <= 1_000_000
+    assert DATA(text)["densities"].keys() == flow2d.DENSITIES.keys()
