@@ -92,13 +92,16 @@ def parse(argv):
     return parser.parse_args(argv)
 
 def run(args):
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to --out {args.out}: {error.strerror}") from None
     networks = {}
     for density, states in (map(load, args.results) if args.results else
                             ((name, trained(name, args.steps, args.seed)) for name in flow2d.DENSITIES)):
         if density in networks:
             raise ValueError(f"two folders of --results are of density {density}, expected one of each")
         networks[density] = states
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     text = page(networks)
     write(args.out, lambda part: part.write_text(text))
     print(f"{args.out}: {len(text.encode()):,} bytes, densities {', '.join(networks)}")
