@@ -431,10 +431,10 @@ def test_results_become_a_page(tmp_path, networks):
     page.main(["--out", str(tmp_path / "new" / "page.html"), "--results", *map(str, folders)])
     text = (tmp_path / "new" / "page.html").read_text()
     assert text == page.page({name: networks[name] for name in ("spiral", "mixture")})
-    assert "http" not in text.replace(DATA(text)["densities"]["spiral"]["weights"], "")
+    assert "http" not in text.replace(data_of(text)["densities"]["spiral"]["weights"], "")
 
 
-def DATA(text):
+def data_of(text):
     return json.loads(text.split('id="data">')[1].split("</script>")[0])
 
 
@@ -466,4 +466,4 @@ def test_kept_page_is_of_the_template_and_at_most_a_megabyte():
     text = KEPT.read_text()
     before, after = page.TEMPLATE.read_text().split("{{data}}")
     assert text.startswith(before) and text.endswith(after) and KEPT.stat().st_size <= 1_000_000
-    assert DATA(text)["densities"].keys() == flow2d.DENSITIES.keys()
+    assert data_of(text)["densities"].keys() == flow2d.DENSITIES.keys()
