@@ -63,7 +63,8 @@ def trained(density, steps, seed):
     """Networks {method: state dict} of a density, by the stages of `flow2d.train`."""
     torch.manual_seed(seed)
     random.seed(seed)
-    networks, _ = flow2d.train(flow2d.DENSITIES[density](), list(STARTS), steps, 512, exact_teacher=False)
+    recipe = {name: tuned for name, (tuned, _) in flow2d.RECIPE.items()}
+    networks, _ = flow2d.train(flow2d.DENSITIES[density](), list(STARTS), steps, 512, False, recipe)
     return {name: networks[name].state_dict() for name in STARTS}
 
 def page(networks):
