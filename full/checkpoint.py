@@ -1,8 +1,10 @@
 """What a run keeps: checkpoints to go on from exactly, and in the end a folder of averaged weights."""
 
 import os
+import pickle
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,32 @@ from full.files import read_json, write_json
 from full.lora import save_adapter
 from full.options import reason
 from full.parallel import TRAINED, local, main_process, trained, wait_for_all, whole
+
+# All that the `.metadata` of our checkpoints names; pickle would call whatever else it does. Not
+# BytesStorageMetadata: what it stands for torch unpickles without a question.
+KNOWN = {("torch.distributed.checkpoint.metadata", name) for name in (
+    "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata",
+    "TensorProperties", "_MEM_FORMAT_ENCODING")}
+KNOWN |= {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
+          ("pathlib._local", "PosixPath"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
+
+class Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        if not dtype and (module, name) not in KNOWN:
+            raise ValueError(f".metadata names {module}.{name}, expected descriptions of tensors alone")
+        return super().find_class(module, name)
+
+class Reader(dcp.FileSystemReader):
+    """Reads a checkpoint that may come from anywhere: runs no code, leaves the folder never."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(self.path / ".metadata", "rb") as file:
+            made = Unpickler(file).load()
+        for stored in made.storage_data.values():
+            if Path(stored.relative_path).name != stored.relative_path:
+                raise ValueError(f".metadata names the file {stored.relative_path!r}, expected no folder")
+        return made
 
 class Run:
     """The state that a checkpoint holds: networks in training, their optimisers, the average, the step.
@@ -74,11 +102,14 @@ class Run:
                    for key in sorted(made | self.settings) if made.get(key) != self.settings.get(key)]
         if changed:
             raise ValueError(f"{newest} was made with other settings: {', '.join(changed)}")
+        self.load(newest)
+
+    def load(self, folder):
         try:
-            dcp.load(self.state(), checkpoint_id=newest, no_dist=not dist.is_initialized())
+            dcp.load(self.state(), storage_reader=Reader(folder), no_dist=not dist.is_initialized())
         except (Exception, CheckpointException) as error:
-            raise ValueError(f"cannot read checkpoint {newest}: {reason(error)}") from None
-        self.step = int(newest.name.removeprefix("step-"))
+            raise ValueError(f"cannot read checkpoint {folder}: {reason(error)}") from None
+        self.step = int(folder.name.removeprefix("step-"))
 
     def all(self):
         return sorted(self.folder.glob("step-" + 7 * "[0-9]"))

@@ -116,8 +116,9 @@ class TextEncoder:
         folders = part_of(folder, "tokenizer"), part_of(folder, "text_encoder")
         transformers = optional("transformers", "a prompt")
         transformers.utils.logging.disable_progress_bar()
-        self.tokenizer = loaded(transformers.AutoTokenizer, folders[0])
-        model = loaded(transformers.UMT5EncoderModel, folders[1], dtype=dtype, output_loading_info=True)
+        self.tokenizer = loaded(transformers.AutoTokenizer, folders[0], trust_remote_code=False)
+        options = dict(dtype=dtype, output_loading_info=True, use_safetensors=True)  # no pickle: it runs code
+        model = loaded(transformers.UMT5EncoderModel, folders[1], **options)
         self.model = model.to(device).eval()
 
     @torch.no_grad()
@@ -138,6 +139,7 @@ class VAE:
         folder = part_of(folder, "vae")
         diffusers = optional("diffusers", "a video in pixels")
         options = dict(torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True)
+        options["use_safetensors"] = True
         model = loaded(diffusers.AutoencoderKLWan, folder, **options)
         self.model, self.device = model.to(device).eval(), device
         config = self.model.config
