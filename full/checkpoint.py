@@ -3,6 +3,9 @@
 import os
 import pickle
 import shutil
+import signal
+import sys
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import anyflow
 from full.files import read_json, write_json
 from full.lora import save_adapter
 from full.options import reason
-from full.parallel import TRAINED, local, main_process, trained, wait_for_all, whole
+from full.parallel import TRAINED, local, main_process, place, trained, wait_for_all, whole
 
 # All that the `.metadata` of our checkpoints names; pickle would call whatever else it does. Not
 # BytesStorageMetadata: what it stands for torch unpickles without a question.
@@ -44,6 +47,33 @@ class Reader(dcp.FileSystemReader):
                 raise ValueError(f".metadata names the file {stored.relative_path!r}, expected no folder")
         return made
 
+def checksums(folder):
+    """{name: CRC-32} of the files in a folder, each read by one of the processes, known to all."""
+    rank, world = place()
+    mine = {}
+    for path in sorted({*folder.iterdir()} - {folder / "checksums.json"})[rank::world]:
+        mine[path.name] = 0
+        with open(path if path.is_file() else os.devnull, "rb") as file:  # not a FIFO, which never ends
+            while block := file.read(2**22):
+                mine[path.name] = zlib.crc32(block, mine[path.name])
+    parts = [mine] * world
+    if dist.is_initialized():
+        dist.all_gather_object(parts, mine)
+    return {name: crc for part in parts for name, crc in part.items()}
+
+class Damaged(ValueError):
+    """A checkpoint that is not as it was written."""
+
+class Stop:
+    """Whether SIGTERM came to any process: asked once a step, so that all save and end together."""
+
+    def __init__(self, device):
+        self.came = torch.zeros((), device=device)
+        signal.signal(signal.SIGTERM, lambda *_: self.came.fill_(1))
+
+    def __bool__(self):
+        return bool(anyflow.sum_over_processes(self.came))
+
 class Run:
     """The state that a checkpoint holds: networks in training, their optimisers, the average, the step.
 
@@ -70,17 +100,26 @@ class Run:
         return state
 
     def save(self):
-        """Write beside, rename, then drop all but the newest two."""
+        """Write beside, rename, then drop all but the newest two. FloatingPointError for what is spoiled."""
+        finite = [local(p).isfinite().all() for part in self.trained.values() for p in part.values()]
+        finite += [local(p).isfinite().all() for p in self.average.values()]
+        if anyflow.sum_over_processes((~torch.stack(finite)).sum().float()):
+            raise FloatingPointError(f"step {self.step}: weights are not finite after it; {self.newest()}")
         name = f"step-{self.step:07d}"
         part = self.folder / f".{name}.part"
         try:
             if main_process():
-                shutil.rmtree(part, ignore_errors=True)
+                for old in self.folder.glob(".step-*.part"):
+                    shutil.rmtree(old, ignore_errors=True)
                 part.mkdir(parents=True)
             wait_for_all()
             dcp.save(self.state(), checkpoint_id=part, no_dist=not dist.is_initialized())
             if main_process():
                 write_json(part / "settings.json", self.settings)
+            wait_for_all()
+            sums = checksums(part)
+            if main_process():
+                write_json(part / "checksums.json", sums)
                 shutil.rmtree(self.folder / name, ignore_errors=True)
                 os.replace(part, self.folder / name)
                 for old in self.all()[:-2]:
@@ -91,24 +130,39 @@ class Run:
         wait_for_all()
 
     def resume(self):
-        """Load the newest checkpoint. ValueError where there is none, or it was made with other settings."""
-        if not self.all():
+        """Load the newest whole checkpoint. ValueError: there is none, or it was made with other settings."""
+        kept = self.all()
+        if not kept:
             raise ValueError(f"--resume found no checkpoint in {self.folder}")
-        newest = self.all()[-1]
-        made = read_json(newest / "settings.json")
-        if not isinstance(made, dict):
-            raise ValueError(f"{newest / 'settings.json'} holds {type(made).__name__}, expected an object")
-        changed = [f"{key} {made.get(key)!r} -> {self.settings.get(key)!r}"
-                   for key in sorted(made | self.settings) if made.get(key) != self.settings.get(key)]
-        if changed:
-            raise ValueError(f"{newest} was made with other settings: {', '.join(changed)}")
-        self.load(newest)
+        wait_for_all()  # until all have looked: then names may change
+        for folder in reversed(kept):
+            try:
+                self.load(folder)
+                return
+            except Damaged as error:
+                said = f"{error}; set aside as damaged-{folder.name}, the one before is tried"
+                if main_process():
+                    print(said, file=sys.stderr)
+                    os.replace(folder, folder.with_name(f"damaged-{folder.name}"))
+        raise ValueError(f"{said}, but there is none: train anew, into another --out")
 
     def load(self, folder):
         try:
+            wanted, found = dict(read_json(folder / "checksums.json")), checksums(folder)
+        except (ValueError, TypeError) as error:
+            raise Damaged(f"{folder} is half-written: {reason(error)}") from None
+        wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+        if wrong:
+            raise Damaged(f"{folder} is damaged: {', '.join(wrong)} changed")
+        made = read_json(folder / "settings.json")
+        changed = [f"{key} {made.get(key)!r} -> {self.settings.get(key)!r}"
+                   for key in sorted(made | self.settings) if made.get(key) != self.settings.get(key)]
+        if changed:
+            raise ValueError(f"{folder} was made with other settings: {', '.join(changed)}")
+        try:
             dcp.load(self.state(), storage_reader=Reader(folder), no_dist=not dist.is_initialized())
         except (Exception, CheckpointException) as error:
-            raise ValueError(f"cannot read checkpoint {folder}: {reason(error)}") from None
+            raise Damaged(f"cannot read checkpoint {folder}: {reason(error)}") from None
         self.step = int(folder.name.removeprefix("step-"))
 
     def all(self):

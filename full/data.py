@@ -1,5 +1,7 @@
 """Clips at full scale: what a preset's clips are, and folders of shards of them."""
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,37 +24,50 @@ def preset(name):
     frames, height, width = (9, 12, 12) if size == "tiny" else (21, 60, 104)
     return config, (frames, config.in_channels, height, width)
 
+def shard_sizes(path):
+    """Shapes of the latents and the text in a shard. ValueError for what is none, or cut."""
+    if not path.is_file():
+        raise ValueError("no file")
+    try:
+        with safe_open(path, "pt") as file:
+            return [tuple(file.get_slice(key).get_shape()) for key in ("latents", "text")]
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+
 class Shards:
     """A folder of safetensors files, each with `latents` (n, F, C, H, W) and `text` (n, L, text_dim) of n
     clips, and `null.safetensors` with the null prompt, `text` (1, L, text_dim). A clip is read when asked
     for."""
 
     def __init__(self, folder, shape, text_dim, skip_bad=False):
-        folder, text = Path(folder), None
+        folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"no data folder {folder}")
-        self.clips, self.shuffled, bad = [], None, []
+        self.clips, self.shuffled, self.bytes, self.spoilt, bad = [], None, 0, "", []
+        self.null = read_tensors(folder / "null.safetensors", "text")["text"].float()
+        text = *self.null.shape[1:2], text_dim
+        if self.null.shape != (1, *text) or not self.null.isfinite().all():
+            found = f"{folder / 'null.safetensors'} has text {tuple(self.null.shape)}"
+            raise ValueError(f"{found}, expected finite numbers (1, L, {text_dim})")
         for path in sorted(folder.glob("*.safetensors")):
             if path.name == "null.safetensors" or path.name[0] == ".":
                 continue
             try:
-                file = safe_open(path, "pt")
-                sizes = [tuple(file.get_slice(key).get_shape()) for key in ("latents", "text")]
-                text = text or (*sizes[1][1:2], text_dim)
+                sizes, length = shard_sizes(path), path.stat().st_size
                 if sizes[0][1:] != shape or sizes[1] != (sizes[0][0], *text):
                     wanted = f"(n, {', '.join(map(str, shape))}) and (n, {', '.join(map(str, text))})"
                     raise ValueError(f"latents {sizes[0]} and text {sizes[1]}, expected {wanted}")
-                self.clips += [(file, i) for i in range(sizes[0][0])]
-            except (SafetensorError, ValueError, OSError) as error:
+                file = safe_open(path, "pt")
+                self.clips += [(file, path, length, i) for i in range(sizes[0][0])]
+                self.bytes += length
+            except (ValueError, OSError) as error:
                 bad.append(f"{path}: {error}")
         if bad and not skip_bad:
             raise ValueError(f"{len(bad)} bad shard(s), first {bad[0]}; --skip-bad-shards uses the others")
+        if bad and os.environ.get("RANK", "0") == "0":
+            print(f"skipped {len(bad)} bad shard(s): {'; '.join(bad)}", file=sys.stderr)
         if not self.clips:
             raise ValueError(f"no clips in {folder}, expected safetensors files with latents and text")
-        self.null = read_tensors(folder / "null.safetensors", "text")["text"].float()
-        if self.null.shape != (1, *text):
-            found = f"{folder / 'null.safetensors'} has text {tuple(self.null.shape)}"
-            raise ValueError(f"{found}, expected {(1, *text)} as in the shards")
 
     def __len__(self):
         return len(self.clips)
@@ -66,5 +81,12 @@ class Shards:
                 self.shuffled = seed, epoch
                 self.order = np.random.default_rng(self.shuffled).permutation(len(self.clips))
             picked.append(self.clips[self.order[i]])
-        return tuple(torch.stack([file.get_slice(key)[i] for file, i in picked]).float()
-                     for key in ("latents", "text"))
+        for _, path, length, _ in picked:  # mapped: to read what was cut off kills the process
+            if path.stat().st_size != length:
+                raise ValueError(f"{path} has {path.stat().st_size} bytes, expected {length} as when opened")
+        read = lambda key: torch.stack([file.get_slice(key)[i] for file, *_, i in picked]).float()
+        x, text = read("latents"), read("text")
+        for (_, path, _, i), *numbers in zip(picked, x, text):
+            if not all(values.isfinite().all() for values in numbers):
+                self.spoilt = f"; clip {i} of {path} is not finite"  # the loss will not be: it says where
+        return x, text

@@ -1,10 +1,14 @@
 """Files that are never half-written, and those of a model folder: weights, JSON, and their origin."""
 
+import fcntl
 import json
 import os
+import secrets
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -14,20 +18,48 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 STAGES = ("teacher", "flowmap", "onpolicy", "consistency")
 
 def write(path, save):
-    """save(temporary path), then rename: nobody finds half a file, and an old one stays if this one fails."""
+    """save(temporary path), then rename: nobody finds half a file, and an old one stays if this one fails.
+
+    Nobody can guess the temporary name and plant a link there."""
     path = Path(path)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    part = path.with_name(f".{secrets.token_hex(8)}.part{path.suffix}")
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         save(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+HELD = {}  # {folder: its lock file}, open until this process ends, however it does
+
+def hold(folder, *read):
+    """Make a folder and lock it, for this process alone to write. ValueError: somebody else holds it, or it
+    is one of the folders that are read."""
+    folder = Path(folder).resolve()
+    for source in (Path(name).resolve() for name in read if name):
+        if folder in (source, source / "transformer"):
+            raise ValueError(f"{folder} would be written and is read, expected another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = HELD.get(folder) or open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"{folder} is in use by {file.read() or 'another process'}, expected to wait for it"
+                         " or another folder") from None
+    HELD[folder] = file
+    file.truncate(0)
+    print(f"process {os.getpid()} of {socket.gethostname()}", end="", file=file, flush=True)
+    for part in folder.glob(".*.part*"):  # of who was killed here
+        part.unlink()
 
 def write_json(path, value):
     write(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
 
 def read_json(path):
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"no file {path}")
     try:
         return json.loads(path.read_text())
@@ -36,6 +68,8 @@ def read_json(path):
 
 def read_lines(path):
     """The objects of a file with one in each line, as JSON."""
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
     try:
         return [dict(json.loads(line)) for line in path.read_text().splitlines()]
     except (ValueError, TypeError, RecursionError) as error:
@@ -64,6 +98,8 @@ def read_weights(folder):
         raise ValueError(f"{index} has no weight_map")
     state = {}
     for name in sorted(set(map(str, listed["weight_map"].values()))):
+        if Path(name).name != name:
+            raise ValueError(f"{index} lists the file {name!r}, expected a name without a folder")
         if not (folder / name).exists():
             raise ValueError(f"no file {folder / name}, which {index.name} lists")
         state |= read_tensors(folder / name)
@@ -80,6 +116,10 @@ def take_weights(model, state, where):
     for name, shape in wanted.items():
         if state[name].shape != shape:
             raise ValueError(f"{where}: {name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}")
+        if state[name].dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{where}: {name} is of {state[name].dtype}, expected float32 or bfloat16")
+        if not state[name].isfinite().all():
+            raise ValueError(f"{where}: {name} has values that are not finite: the weights are damaged")
     model.load_state_dict(state, assign=True)
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ worst.
 """
 
 import argparse
+import ctypes
 import functools
 import math
 import os
+import signal
 import sys
 from dataclasses import MISSING, field, fields
 
@@ -106,12 +108,20 @@ def reason(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 def command(name, run, stopped, too_large=""):
-    """run(), which ends in one sentence at worst. stopped: what to do after Ctrl-C; too_large: for memory."""
+    """run(), which ends in one sentence at worst. stopped: what to do after Ctrl-C or SIGTERM; too_large: for
+    memory."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt: all is cleaned up
     try:
         run()
     except torch.OutOfMemoryError as error:
         sys.exit(f"{name}: {reason(error)} {too_large}".strip())
-    except (ValueError, OSError, RuntimeError, SafetensorError, FloatingPointError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError, ArithmeticError, MemoryError) as error:
         sys.exit(f"{name}: {reason(error)}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: stopped; {stopped}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+def end_with_parent():
+    """SIGTERM to this process when its parent ends, however it does (on Linux): no orphan trains on."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

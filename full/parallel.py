@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 import anyflow
 from full.compile import compile_blocks
 from full.lora import BODY, STUDENT, LoRALinear, add_lora
-from full.options import device_of
+from full.options import device_of, end_with_parent
 
 TRAINED = ("student", "fake")
 
@@ -27,6 +27,7 @@ def start_processes(device, dtype):
     device = device_of(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
+        end_with_parent()
         dist.init_process_group(backend)
     elif dtype != "float32":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -4,6 +4,10 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,10 @@ from safetensors.torch import load_file, save_file
 from test_train import refused, run, weights
 
 from full import checkpoint
+from full.data import Shards
+from full.files import WEIGHTS, read_json, write_json
+from toy.video import STORY, write_shards
+from toy.world import World
 
 ROOT = Path(__file__).parents[1]
 TINY = ["teacher", "--preset", "tiny", "--batch", "4", "--steps", "2", "--save-every", "1"]
@@ -51,6 +59,7 @@ def test_metadata_of_a_checkpoint_runs_no_code(made, tmp_path):
             metadata.state_dict_metadata[key] = checkpoint.dcp.metadata.BytesStorageMetadata()
         (folder / ".metadata").write_bytes(pickle.dumps(metadata))
         net = torch.nn.Linear(1, 1, bias=False)
+        write_json(folder / "checksums.json", checkpoint.checksums(folder))  # an attacker knows how to sum
         with pytest.raises(ValueError):
             checkpoint.Run({"student": net}, {}, Path("none"), {}).load(folder)
         with pytest.raises(ValueError, match="expected descriptions of tensors alone"):
@@ -95,3 +104,150 @@ def test_published_folders_run_no_code(tmp_path, monkeypatch):
     except ValueError as error:
         assert "tokenizer" in str(error)
     assert not (tmp_path / "ran").exists()
+
+
+def began(*args, until, **options):
+    """A process of ours, at work: until() is true."""
+    process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+    deadline = time.time() + 120
+    while not until():
+        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        time.sleep(0.02)
+    return process
+
+
+def rows(folder):
+    return (folder / "log.jsonl").read_text().count("\n") if (folder / "log.jsonl").exists() else 0
+
+
+LONG = ["train.py", "teacher", "--preset", "tiny", "--batch", "4", "--steps", "100000", "--save-every"]
+
+
+def test_second_run_on_a_folder_is_told_who_holds_it_and_sigterm_saves(tmp_path):
+    """The lock falls with the process; SIGTERM, which clusters send first, loses no step."""
+    folder, saved = tmp_path / "out", lambda: list((tmp_path / "out").glob("checkpoints/step-*"))
+    first = began(*LONG, "1", "--out", folder, until=saved)
+    second = subprocess.run([sys.executable, *LONG, "1", "--out", folder, "--resume"], cwd=ROOT,
+                            capture_output=True, text=True)
+    said = second.stderr.strip().splitlines()
+    assert second.returncode and f"in use by process {first.pid}" in said[-1] and len(said) == 1
+    first.kill(), first.wait()
+    shutil.rmtree(folder / "checkpoints")
+    third = began(*LONG, "5", "--out", folder, until=saved)
+    third.terminate()
+    said = third.communicate(timeout=60)[1].strip().splitlines()[-1]
+    step = max(int(path.name[5:]) for path in saved())
+    assert third.returncode == 1 and f"SIGTERM: saved step {step}" in said and rows(folder) == step
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_ranks_end_with_torchrun(tmp_path):
+    """Ranks whose torchrun is killed save and end."""
+    folder = tmp_path / "out"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    saved = lambda: list(folder.glob("checkpoints/step-*"))
+    process = began(*launch, *LONG, "1", "--out", folder, until=saved)
+    listed = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+    children = subprocess.run(listed, capture_output=True, text=True)
+    pids = [int(pid) for pid in children.stdout.split()]
+    process.kill(), process.wait()
+    deadline = time.time() + 30
+    alive = lambda pid: Path(f"/proc/{pid}").exists() and ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    while any(alive(pid) for pid in pids):
+        assert time.time() < deadline
+        time.sleep(0.1)
+    assert len(pids) >= 2 and saved() and not list(folder.glob("checkpoints/.*"))
+
+
+def test_nothing_writes_into_a_folder_that_it_reads(made, tmp_path):
+    start = shutil.copytree(made, tmp_path / "start", ignore=lambda *_: ["checkpoints", ".lock"])
+    hub = tmp_path / "hub"
+    shutil.copytree(start, hub / "transformer")
+    options = ["flowmap", "--preset", "tiny", "--batch", "4", "--steps", "1"]
+    for init, out in ((start, tmp_path / "new" / ".." / "start"), (hub, hub), (hub, hub / "transformer")):
+        assert refused(*options, "--init", init, "--out", out)
+    assert not (hub / "config.json").exists()
+    before = weights(made)
+    assert all(torch.equal(value, before[key]) for key, value in weights(start).items())
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(tmp_path):
+    message = refused(*TINY[:-4], "--steps", "1", "--warmup", "0", "--lr", "1e38", "--clip", "1e38", "--out",
+                      tmp_path / "out")
+    assert "not finite" in message and not (tmp_path / "out" / WEIGHTS).exists()
+    assert not list((tmp_path / "out" / "checkpoints").glob("*"))
+
+
+def test_data_is_the_folder_and_its_sizes_wherever_one_stands(tmp_path, monkeypatch):
+    for place, clips in (("a", 8), ("b", 12)):
+        write_shards(World(), tmp_path / place / "shards", clips, seed=0)
+    options = [*TINY, "--data", "shards", "--out", tmp_path / "out"]
+    monkeypatch.chdir(tmp_path / "a")
+    run(*options)
+    assert read_json(tmp_path / "out" / "anyflow.json")["data"] == str(tmp_path / "a" / "shards")
+    run(*TINY, "--data", "../a/shards", "--out", tmp_path / "out", "--resume")
+    monkeypatch.chdir(tmp_path / "b")
+    message = refused(*options, "--resume")
+    assert "data " in message and "bytes " in message and "clips 8 -> 12" in message
+
+
+def test_shards_are_not_mixed_nor_cut(tmp_path, capsys):
+    write_shards(World(), tmp_path / "x", 8, seed=0, size=4)
+    write_shards(World(), tmp_path / "x", 8, seed=0, size=4)
+    with pytest.raises(ValueError, match="holds other shards"):
+        write_shards(World(), tmp_path / "x", 4, seed=0, size=4)
+    data = Shards(tmp_path / "x", World().shape, 32)
+    cut = tmp_path / "x" / "shard-00001.safetensors"
+    cut.write_bytes(cut.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=f"{cut} has 5000 bytes"):
+        data.batch(range(8), seed=0)
+    first = tmp_path / "x" / "shard-00000.safetensors"
+    save_file({"latents": torch.zeros(4, *World().shape), "text": torch.zeros(4, 7, 32)}, first)
+    capsys.readouterr()
+    write_shards(World(), tmp_path / "y", 4, seed=0)
+    shutil.copy(tmp_path / "y" / "shard-00000.safetensors", tmp_path / "x" / "shard-00002.safetensors")
+    assert len(Shards(tmp_path / "x", World().shape, 32, skip_bad=True)) == 4
+    said = capsys.readouterr().err
+    assert "skipped 2 bad" in said and str(first) in said and str(cut) in said
+
+
+def test_clip_that_is_not_finite_is_named(tmp_path):
+    write_shards(World(), tmp_path / "x", 8, seed=0)
+    path = tmp_path / "x" / "shard-00000.safetensors"
+    clips = load_file(path)
+    clips["latents"][3, 0, 0, 0, 0] = float("inf")
+    save_file(clips, path)
+    message = refused(*TINY, "--batch", "8", "--data", tmp_path / "x", "--out", tmp_path / "out")
+    assert f"clip 3 of {path} is not finite" in message
+
+
+def test_corrupt_log_is_told_before_the_training(kept):
+    shutil.rmtree(kept / "checkpoints" / "step-0000002")
+    (kept / "log.jsonl").write_text("{\n")
+    assert "log.jsonl has a line that is no JSON" in refused(*TINY, "--out", kept, "--resume")
+    assert not (kept / "checkpoints" / "step-0000002").exists()
+
+
+def test_story_leaves_no_child(tmp_path):
+    """SIGTERM: the children save and end before it; SIGKILL: they end, too."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        folder = tmp_path / str(int(how))
+        name = next(iter(STORY))
+        process = began("-m", "toy.video", "--train", "--steps", "5000", "--out", folder,
+                        until=lambda: rows(folder / "models" / name) or (folder / "models" / name).exists())
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True,
+                                  text=True)
+        process.send_signal(how), process.wait(timeout=60)
+        time.sleep(0 if how == signal.SIGTERM else 10)
+        alive = [pid for pid in children.stdout.split() if Path(f"/proc/{pid}").exists()
+                 and ") Z" not in Path(f"/proc/{pid}/stat").read_text()]
+        assert children.stdout.split() and not alive
+
+
+def test_stale_parts_go(kept):
+    shutil.rmtree(kept / "checkpoints" / "step-0000002")
+    (kept / "checkpoints" / ".step-0000077.part").mkdir()
+    (kept / ".0123.part.json").write_text("")
+    run(*TINY, "--out", kept, "--resume")
+    assert not list((kept / "checkpoints").glob(".*")) and not list(kept.glob(".*.part*"))

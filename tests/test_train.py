@@ -655,12 +655,26 @@ def test_full_disk_keeps_the_old_checkpoint(story, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-0000002"]
 
 
-def test_broken_checkpoint_is_named(story, tmp_path):
-    shutil.copytree(story["teacher"], tmp_path / "out")
-    for part in (tmp_path / "out" / "checkpoints" / "step-0000004").glob("*.distcp"):
-        part.write_bytes(part.read_bytes()[:100])
-    options = ["--preset", "tiny", *TWICE, *BRIEF, "--out", tmp_path / "out"]
-    assert "cannot read checkpoint" in refused("teacher", *options, "--resume")
+def test_broken_checkpoint_falls_back_to_the_one_before(story, tmp_path, capsys):
+    """A flipped bit, half a file, a missing one: told, set aside, and the run ends in the same weights."""
+    def flip(path):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 64
+        path.write_bytes(data)
+
+    for i, spoil in enumerate((flip, lambda path: path.write_bytes(path.read_bytes()[:100]), Path.unlink)):
+        folder = shutil.copytree(story["teacher"], tmp_path / str(i))
+        newest = folder / "checkpoints" / "step-0000004"
+        spoil(next(newest.glob("*.distcp")))
+        options = ["--preset", "tiny", *TWICE, *BRIEF, "--out", folder]
+        run("teacher", *options, "--resume")
+        assert f"{newest} is damaged" in capsys.readouterr().err and newest.exists()
+        assert (newest.parent / "damaged-step-0000004").exists()
+        made, wanted = weights(folder), weights(story["teacher"])
+        assert all(torch.equal(made[key], wanted[key]) for key in wanted)
+        for path in folder.glob("checkpoints/step-*/settings.json"):
+            path.write_text("{}")
+        assert "but there is none: train anew" in refused("teacher", *options, "--resume")
 
 
 def test_models_are_not_overwritten(story):

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from anyflow import time_grid
-from full.files import provenance, read_json, write, write_json
-from full.options import command, positive
+from full.files import hold, provenance, read_json, write, write_json
+from full.options import command, end_with_parent, positive
 from model import Wan
 from sample import generate, sampler_of_folder
 from toy import plots
@@ -61,7 +61,7 @@ def train_all(folder, seed, steps):
     steps: of every stage, or None for the preset's. What an interrupted training has finished is kept, what
     it had begun is resumed; ValueError if that was with other settings. RuntimeError: a stage failed.
     """
-    folder.mkdir(exist_ok=True)
+    hold(folder)
     settings, path = {"seed": seed, "steps": steps}, folder / "story.json"
     if path.exists() and read_json(path) != settings:
         raise ValueError(f"{folder} was trained with {read_json(path)}, expected {settings} or another --out")
@@ -77,7 +77,8 @@ def train_all(folder, seed, steps):
         command += ["--steps", str(steps)] if steps else []
         command += ["--resume"] if [*(folder / name).glob("checkpoints/step-*")] else []
         with open(folder / f"{name}.txt", "w") as out:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out,
+                                    preexec_fn=end_with_parent)
 
     bar = tqdm(total=len(STORY), initial=len(done), desc="training", unit="stage", disable=None)
     try:
@@ -96,6 +97,8 @@ def train_all(folder, seed, steps):
     finally:
         for process in running.values():
             process.terminate()
+        for process in running.values():  # each saves its last step
+            process.wait()
         bar.close()
 
 class Ruler:
@@ -248,7 +251,12 @@ def keep(folder, target):
 
 def write_shards(world, folder, clips, seed, size=1024):
     """Clips of a world in the format that `train.py --data` reads."""
-    folder.mkdir(parents=True, exist_ok=True)
+    hold(folder)
+    made, path = {"clips": clips, "seed": seed, "size": size, "gravity": world.gravity}, folder / "made.json"
+    if path.exists() or any(folder.glob("*.safetensors")):
+        if not path.exists() or read_json(path) != made:
+            raise ValueError(f"{folder} holds other shards than {made}, expected a new folder")
+    write_json(path, made)
     files = {"null": {"text": world.null}}
     for first in tqdm(range(0, clips, size), desc="shards", disable=None):
         latents, text = world.batch(range(first, min(clips, first + size)), seed)
