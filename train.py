@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 import anyflow
 import sample
-from full.checkpoint import Run
+from full.checkpoint import Run, Stop
 from full.data import NAMES, Shards, preset
-from full.files import STAGES, read_lines, write
+from full.files import STAGES, hold, read_lines, write
 from full.folders import base_of, from_folders
 from full.hub import find
 from full.options import add_options, check, command, option, positive
@@ -173,6 +173,7 @@ class Clips:
         t_teacher = anyflow.shift_time(here(logit).sigmoid(), recipe.shift)
         noise, dropped = here(normal(size, *self.shape)), here(uniform(size) < recipe.drop)
         clip, text = (x.to(self.device) for x in self.data.batch((number * size + rows).tolist(), self.seed))
+        self.spoilt = getattr(self.data, "spoilt", "")
         null = self.data.null.to(self.device).expand_as(text)
 
         cond, frames = dict(text=torch.where(dropped[:, None, None], null, text)), slice(self.shape[0])
@@ -320,7 +321,7 @@ def train(stage, recipe, run, clips):
             if not all(map(math.isfinite, (norm, *losses.values()))):
                 found = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
                 place = f"stage {stage}, step {step}: losses {found}, gradient's norm {norm:.4g}"
-                raise FloatingPointError(f"{place}; {run.newest()}")
+                raise FloatingPointError(f"{place}{getattr(clips, 'spoilt', '')}; {run.newest()}")
             run.optimisers[role].step()
             run.optimisers[role].zero_grad()
             means.norms[role] = norm
@@ -393,7 +394,7 @@ def parse(argv):
     whose = f"defaults are those of {name or 'wan-1.3b'} {stage or 'flowmap'}"
     add_options(parser.add_argument_group("recipe", whose), Recipe, defaults)
     args = parser.parse_args(argv)
-    args.out = args.out or Path("out") / f"{args.preset}-{args.stage}"
+    args.out = (args.out or Path("out") / f"{args.preset}-{args.stage}").resolve()
     args.data = args.data or ("torus" if args.preset.startswith("tiny") else None)
     return args
 
@@ -432,6 +433,8 @@ def run_stage(args):
     for key in FOLDERS:
         setattr(args, key, str(find(getattr(args, key)).resolve()) if getattr(args, key) else None)
     torch.manual_seed(args.seed)  # for new weights, and those of LoRA
+    if main_process():
+        hold(args.out, *(getattr(args, key) for key in FOLDERS), args.data)
     make = from_folders(args.stage, recipe, args, config, is_baseline(args.stage, recipe))
     nets = networks(args.stage, recipe, make)
     assemble(nets, recipe, device)
@@ -439,6 +442,8 @@ def run_stage(args):
     optimisers = {role: torch.optim.AdamW(trained(nets[role]).values(), **adam)
                   for role in TRAINED if role in nets}
     settings = {key: getattr(args, key) or "" for key in ("stage", "preset", "seed", "data", *FOLDERS)}
+    if isinstance(data, Shards):
+        settings |= {"data": str(Path(args.data).resolve()), "bytes": data.bytes}
     settings |= {"clips": len(data) if isinstance(data, Shards) else None, "shape": shape, **asdict(recipe)}
     settings["base"] = base_of(args, recipe) or ""
     settings = json.loads(json.dumps(settings))  # as a checkpoint gives them back
@@ -450,13 +455,13 @@ def run_stage(args):
         raise ValueError(f"{args.out} holds an earlier run or a model, expected --resume or another --out")
     log = args.out / "log.jsonl"
     if main_process():
-        args.out.mkdir(parents=True, exist_ok=True)
-        kept = log.read_text().splitlines()[: run.step] if args.resume and log.exists() else []
-        write(log, lambda part: part.write_text("".join(f"{line}\n" for line in kept)))
+        kept = read_lines(log)[: run.step] if args.resume and log.exists() else []
+        write(log, lambda part: part.write_text("".join(f"{json.dumps(row)}\n" for row in kept)))
     clips = Clips(data, recipe, nets["student"].config, shape, device, args.seed, place())
     bar = tqdm(total=recipe.steps, initial=run.step, desc=f"{args.preset} {args.stage}", mininterval=1,
                disable=None if main_process() else True)
     with open(log if main_process() else os.devnull, "a") as lines:
+        stop = Stop(device)
         for row in train(args.stage, recipe, run, clips):
             lines.write(json.dumps(row) + "\n")
             bar.update()
@@ -464,9 +469,12 @@ def run_stage(args):
                 bar.set_postfix_str(" ".join(f"{name} {row[name]:.4g}" for name in LOSSES if name in row))
             if args.sample_every and run.step % args.sample_every == 0:
                 save_samples(run, clips, args, recipe)
-            if run.step % args.save_every == 0 or run.step == recipe.steps:
+            stopping = bool(stop)
+            if stopping or run.step % args.save_every == 0 or run.step == recipe.steps:
                 lines.flush()
                 run.save()
+            if stopping and run.step < recipe.steps:
+                raise RuntimeError(f"SIGTERM: saved step {run.step} in {args.out}, --resume goes on from it")
     bar.close()
     run.export(args.out, lambda: make("student"), recipe)
     if main_process():
@@ -482,7 +490,8 @@ def main(argv=None):
     too_large = ("More --accumulate or --checkpointing full need less; python -m full.plan"
                  f" --preset {args.preset} --gpus {os.environ.get('WORLD_SIZE', 1)} says what it needs.")
     try:
-        command("train.py", lambda: run_stage(args), "--resume goes on from a checkpoint", too_large)
+        stopped = "--resume goes on from a checkpoint, if one was saved"
+        command("train.py", lambda: run_stage(args), stopped, too_large)
     finally:
         if dist.is_initialized():
             gc.collect()  # FSDP's networks hold on to the group
