@@ -18,6 +18,7 @@ from test_train import refused, run, weights
 from full import checkpoint
 from full.data import Shards
 from full.files import WEIGHTS, read_json, write_json
+from model import Wan
 from toy.video import STORY, write_shards
 from toy.world import World
 
@@ -251,3 +252,41 @@ def test_stale_parts_go(kept):
     (kept / ".0123.part.json").write_text("")
     run(*TINY, "--out", kept, "--resume")
     assert not list((kept / "checkpoints").glob(".*")) and not list(kept.glob(".*.part*"))
+
+
+def test_index_of_weights_stays_in_its_folder(made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "model", ignore=lambda *_: ["checkpoints"])
+    (folder / WEIGHTS).rename(tmp_path / "outside.safetensors")
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        write_json(folder / f"{WEIGHTS}.index.json", {"weight_map": {"x": name}})
+        with pytest.raises(ValueError, match="expected a name without a folder"):
+            Wan.from_pretrained(folder)
+
+
+def test_files_are_not_written_through_a_planted_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in (".a.part.json", ".a.json.part"):
+        (tmp_path / name).symlink_to(victim)
+    (tmp_path / "a.json").symlink_to(victim)
+    write_json(tmp_path / "a.json", {})
+    assert victim.read_text() == "mine" and read_json(tmp_path / "a.json") == {}
+    long = tmp_path / ("x" * 250 + ".json")
+    write_json(long, 1)
+    assert read_json(long) == 1
+    old = os.umask(0o027)
+    write_json(tmp_path / "b.json", {})
+    os.umask(old)
+    assert (tmp_path / "b.json").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda x: x.fill_(float("nan")), "not finite"), (lambda x: x.int(), "int32"),
+    (lambda x: x.bool(), "bool"),
+    (lambda x: x.to(torch.float8_e4m3fn), "float8"), (lambda x: x.to(torch.complex64), "complex64")])
+def test_weights_that_are_no_finite_real_numbers_are_told_at_loading(made, tmp_path, spoil, words):
+    folder = shutil.copytree(made, tmp_path / "model", ignore=lambda *_: ["checkpoints"])
+    state = load_file(folder / WEIGHTS)
+    save_file(state | {"proj_out.bias": spoil(state["proj_out.bias"])}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=f"{folder}.*proj_out.bias .*{words}"):
+        Wan.from_pretrained(folder)
