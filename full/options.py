@@ -90,6 +90,12 @@ def positive(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
     return int(text)
 
+def nonempty(text):
+    """Of a file, a folder or a world, on a command line."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, expected a name")
+    return text
+
 def device_of(name):
     """The device of that name; each process of torchrun has a GPU of its own. ValueError for none."""
     try:

@@ -27,6 +27,9 @@ def start_processes(device, dtype):
     device = device_of(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
+        rank, world = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE"))
+        if not 0 <= rank < world:
+            raise ValueError(f"RANK is {rank}, expected 0 to {world - 1} for WORLD_SIZE {world}")
         end_with_parent()
         dist.init_process_group(backend)
     elif dtype != "float32":

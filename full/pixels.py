@@ -38,6 +38,9 @@ def part_of(folder, name):
     """The subfolder of a published folder; ValueError where it is missing."""
     if not (Path(folder) / name).is_dir():
         raise ValueError(f"{folder} has no {name}, which a published folder has (sample.py looks in --parts)")
+    odd = [path for path in (Path(folder) / name).iterdir() if not (path.is_file() or path.is_dir())]
+    if odd:
+        raise ValueError(f"{odd[0]} is neither a file nor a folder")
     return Path(folder) / name
 
 def loaded(kind, folder, **options):
@@ -145,6 +148,8 @@ class VAE:
         config = self.model.config
         wide = lambda values: torch.tensor(values, device=device).view(-1, 1, 1, 1)
         self.mean, self.std = wide(config.latents_mean), wide(config.latents_std)
+        if not (self.std > 0).all():
+            raise ValueError(f"{folder}: latents_std is {config.latents_std}, expected numbers above 0")
         self.stride = config.scale_factor_temporal, config.scale_factor_spatial
 
     @torch.no_grad()
@@ -175,6 +180,8 @@ def crop_and_resize(frame, height, width):
 
 def read_image(path, height, width):
     """(1, 3, height, width) in [0, 1], and what was used of it. ValueError for what is no image."""
+    if not Path(path).is_file():
+        raise ValueError(f"no file {path}")
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
@@ -268,6 +275,8 @@ def text_of(option):
     """A prompt as given on a command line, or the text of FILE for @FILE."""
     if not option.startswith("@"):
         return option
+    if not Path(option[1:]).is_file():
+        raise ValueError(f"{option}: the file cannot be read: it is no file")
     try:
         return Path(option[1:]).read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
