@@ -36,7 +36,7 @@ from full.data import NAMES, Shards, preset
 from full.files import STAGES, hold, read_lines, write
 from full.folders import base_of, from_folders
 from full.hub import find
-from full.options import add_options, check, command, option, positive
+from full.options import add_options, check, command, nonempty, option, positive
 from full.parallel import TRAINED, Means, assemble, clip_norm, main_process, place, start_processes, trained
 from full.pixels import save
 from toy import plots
@@ -75,7 +75,7 @@ class Recipe:
     balance: bool = option(True, "rescale each jump's loss to the mean of the anchors'")
     diffusion: float = option(0.5, "share of r = t", **SHARE)
     endpoint: float = option(0.25, "share of r = 0", **SHARE)
-    eps: float = option(0.005, "half the step of the central difference", above=0)
+    eps: float = option(0.005, "half the step of the central difference", above=0, below=0.5)
     fastest: float = option(0.0, "radians per unit time: no embedder sees a faster sinusoid; 0: all", low=0)
     bidirectional: float = option(0.1, "causal: share of steps that also take a whole clip", **SHARE)
     # stage 2
@@ -378,12 +378,15 @@ def parse(argv):
     add = parser.add_argument
     add("stage", choices=STAGES)
     add("--preset", choices=NAMES, required=True)
-    add("--out", type=Path, help="folder of the result (default out/PRESET-STAGE)")
-    add("--data", help=f"folder of shards, or a world: {', '.join(WORLDS)} (default of tiny presets: torus)")
-    add("--init", help="model folder to start from")
-    add("--teacher", help="model folder of the teacher (default: --init; onpolicy needs it)")
-    add("--judge", help="onpolicy: model folder of the teacher that judges (default: --teacher)")
-    add("--base", help="folder of the weights that all are LoRAs of (default: what --init is a LoRA of)")
+    add("--out", type=nonempty, help="folder of the result (default out/PRESET-STAGE)")
+    worlds = ", ".join(WORLDS)
+    folders = {"data": f"folder of shards, or a world: {worlds} (default of tiny presets: torus)",
+               "init": "model folder to start from",
+               "teacher": "model folder of the teacher (default: --init; onpolicy needs it)",
+               "judge": "onpolicy: model folder of the teacher that judges (default: --teacher)",
+               "base": "folder of the weights that all are LoRAs of (default: what --init is a LoRA of)"}
+    for key, meaning in folders.items():
+        add(f"--{key}", type=nonempty, help=meaning)
     add("--resume", action="store_true", help="go on from the newest checkpoint of --out")
     add("--save-every", type=positive, default=500, help="steps between checkpoints (default 500)")
     add("--sample-every", type=positive, help="steps between sample clips, into OUT/samples (default: none)")
@@ -394,7 +397,7 @@ def parse(argv):
     whose = f"defaults are those of {name or 'wan-1.3b'} {stage or 'flowmap'}"
     add_options(parser.add_argument_group("recipe", whose), Recipe, defaults)
     args = parser.parse_args(argv)
-    args.out = (args.out or Path("out") / f"{args.preset}-{args.stage}").resolve()
+    args.out = Path(args.out or f"out/{args.preset}-{args.stage}").resolve()
     args.data = args.data or ("torus" if args.preset.startswith("tiny") else None)
     return args
 
