@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_train import refused, run, weights
 
+import sample
 from full import checkpoint
 from full.data import Shards
 from full.files import WEIGHTS, read_json, write_json
@@ -290,3 +291,29 @@ def test_weights_that_are_no_finite_real_numbers_are_told_at_loading(made, tmp_p
     save_file(state | {"proj_out.bias": spoil(state["proj_out.bias"])}, folder / WEIGHTS)
     with pytest.raises(ValueError, match=f"{folder}.*proj_out.bias .*{words}"):
         Wan.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--out", ""], "it is empty"), (["--data", ""], "it is empty"), (["--init", ""], "it is empty"),
+    (["--teacher", ""], "it is empty"), (["--judge", ""], "it is empty")])
+def test_empty_names_are_refused(options, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        run(*TINY, *options)
+    assert error.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_rank_outside_the_world_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "5"), monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "RANK is 5, expected 0 to 1" in refused(*TINY, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", ["--image", "--prompts", "--video", "--text", "--context"])
+def test_fifos_are_refused(option, made, tmp_path, capsys):
+    """Not waited for."""
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises((SystemExit, ValueError), match="no file|tiny world"):
+        sample.main(["--model", str(made), option, str(tmp_path / "fifo"), "--out", str(tmp_path / "out")])
+
+
+def test_central_difference_stays_within_the_time_axis(tmp_path):
+    assert "eps is 10.0" in refused("flowmap", *TINY[1:], "--eps", "10", "--out", tmp_path / "out")
