@@ -143,6 +143,7 @@ class Run:
                 said = f"{error}; set aside as damaged-{folder.name}, the one before is tried"
                 if main_process():
                     print(said, file=sys.stderr)
+                    shutil.rmtree(folder.with_name(f"damaged-{folder.name}"), ignore_errors=True)
                     os.replace(folder, folder.with_name(f"damaged-{folder.name}"))
         raise ValueError(f"{said}, but there is none: train anew, into another --out")
 

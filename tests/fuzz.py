@@ -4,8 +4,9 @@
     python tests/fuzz.py --sample 30 --seed 1   # a random thirty
     python tests/fuzz.py --kills 20             # kill runs at random instants, resume: bit for bit
 
-Each value gets its type's wrong neighbours and what lies beyond its range's ends; each file is
-missing, empty, cut, random, a folder, a FIFO or a link in a circle. It prints how many ended well and names the others.
+Each value gets its type's wrong neighbours and what lies beyond its range's ends; each file is missing,
+empty, cut, random, a folder, a FIFO or a link in a circle. It prints how many ended well and names the
+others.
 """
 
 import argparse
