@@ -306,7 +306,7 @@ def run(args):
 
 def main(argv=None):
     args = parse(argv)
-    command("sample.py", lambda: run(args), "the same command makes what is missing", TOO_LARGE)
+    command("sample.py", lambda: run(args), "the same command makes what is missing", lambda: TOO_LARGE)
 
 if __name__ == "__main__":
     main()

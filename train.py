@@ -32,9 +32,10 @@ from tqdm import tqdm
 import anyflow
 import sample
 from full.checkpoint import Run, Stop
+from full.compile import what_needs_less
 from full.data import NAMES, Shards, preset
 from full.files import STAGES, hold, read_lines, write
-from full.folders import base_of, from_folders
+from full.folders import base_of, from_folders, networks
 from full.hub import find
 from full.options import add_options, check, command, nonempty, option, positive
 from full.parallel import TRAINED, Means, assemble, clip_norm, main_process, place, start_processes, trained
@@ -352,20 +353,12 @@ def learning_rate_at(step, recipe):
     return min(1.0, (step + 1) / max(1, recipe.warmup), left)
 
 
-# ---- Networks and command line ---------------------------------------------------------------------------
+# ---- Command line -----------------------------------------------------------------------------------------
 
-def networks(stage, recipe, make):
-    """{role: make(role)} for the networks of a stage.
-
-    student: in training. teacher: whose velocity the target or the consistency step follows. judge: in stage
-    2, the frozen teacher that DMD asks, by default the same folder; of a causal student it may be a
-    bidirectional one, which sees whole clips. fake: the fake score, a copy of the judge in training.
-    """
-    follows = is_baseline(stage, recipe) or (stage in ("flowmap", "onpolicy") and recipe.target == "teacher")
-    roles = ["student", *["teacher"] * follows, *["judge", "fake"] * (stage == "onpolicy")]
-    return {role: make(role) for role in roles}
-
-FOLDERS = ("init", "teacher", "judge", "base")
+FOLDERS = {"init": "model folder to start from",
+           "teacher": "model folder of the teacher (default: --init; onpolicy needs it)",
+           "judge": "onpolicy: model folder of the teacher that judges (default: --teacher)",
+           "base": "folder of the weights that all are LoRAs of (default: what --init is a LoRA of)"}
 
 def parse(argv):
     known = argparse.ArgumentParser(add_help=False)  # the stage and preset whose defaults --help shows
@@ -379,18 +372,12 @@ def parse(argv):
     add("stage", choices=STAGES)
     add("--preset", choices=NAMES, required=True)
     add("--out", type=nonempty, help="folder of the result (default out/PRESET-STAGE)")
-    worlds = ", ".join(WORLDS)
-    folders = {"data": f"folder of shards, or a world: {worlds} (default of tiny presets: torus)",
-               "init": "model folder to start from",
-               "teacher": "model folder of the teacher (default: --init; onpolicy needs it)",
-               "judge": "onpolicy: model folder of the teacher that judges (default: --teacher)",
-               "base": "folder of the weights that all are LoRAs of (default: what --init is a LoRA of)"}
-    for key, meaning in folders.items():
+    data = f"folder of shards, or a world: {', '.join(WORLDS)} (default of tiny presets: torus)"
+    for key, meaning in ({"data": data} | FOLDERS).items():
         add(f"--{key}", type=nonempty, help=meaning)
     add("--resume", action="store_true", help="go on from the newest checkpoint of --out")
     add("--save-every", type=positive, default=500, help="steps between checkpoints (default 500)")
     add("--sample-every", type=positive, help="steps between sample clips, into OUT/samples (default: none)")
-    add("--sample-steps", type=positive, default=4, help="network calls of a sample clip (default 4)")
     add("--skip-bad-shards", action="store_true", help="train on the others")
     add("--seed", type=int, default=0, help="at least 0 (default 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
@@ -411,7 +398,8 @@ def open_data(args, shape, text_dim):
     return WORLDS[args.data]
 
 def save_samples(run, clips, args, recipe, count=2):
-    """Clips of fixed noise and prompts into OUT/samples, of the averaged weights and of the raw ones."""
+    """Clips of fixed noise and prompts into OUT/samples, of the averaged weights and of the raw ones: in 4
+    calls, a teacher's in 32."""
     student, device = run.nets["student"], clips.device
     student.encode_text = lambda text: text  # sharded blocks embed a prompt only in their own forward pass
     text = clips.data.batch(range(count), args.seed)[1].to(device)
@@ -419,16 +407,18 @@ def save_samples(run, clips, args, recipe, count=2):
     options = dict(shift=recipe.shift, sampler=sample.sampler_of_stage(args.stage, recipe.rollout))
     for name, weights in (("average", run.averaged), ("raw", nullcontext)):
         with weights():
-            latents = sample.generate(student, text, noise, args.sample_steps, **options).float().cpu()
+            steps = 32 if args.stage == "teacher" else 4
+            latents = sample.generate(student, text, noise, steps, **options).float().cpu()
         if main_process():
             stem, tiny = args.out / "samples" / f"step-{run.step:07d}-{name}", args.preset.startswith("tiny")
             save(stem, (".safetensors", *[".gif"] * tiny), latents, enlarge(latents) if tiny else None, fps=4)
     del student.encode_text
 
+given = lambda args: {field.name: getattr(args, field.name) for field in fields(Recipe)}
+
 def run_stage(args):
     config, shape = preset(args.preset)
-    given = {field.name: getattr(args, field.name) for field in fields(Recipe)}
-    recipe = recipe_of(args.preset, args.stage, given, int(os.environ.get("WORLD_SIZE", 1)))
+    recipe = recipe_of(args.preset, args.stage, given(args), int(os.environ.get("WORLD_SIZE", 1)))
     if args.seed < 0:
         raise ValueError(f"seed is {args.seed}, expected at least 0")
     data = open_data(args, shape, config.text_dim)
@@ -439,16 +429,15 @@ def run_stage(args):
     if main_process():
         hold(args.out, *(getattr(args, key) for key in FOLDERS), args.data)
     make = from_folders(args.stage, recipe, args, config, is_baseline(args.stage, recipe))
-    nets = networks(args.stage, recipe, make)
+    nets = networks(args.stage, recipe, is_baseline(args.stage, recipe), make)
     assemble(nets, recipe, device)
     adam = dict(betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True)
     optimisers = {role: torch.optim.AdamW(trained(nets[role]).values(), **adam)
                   for role in TRAINED if role in nets}
     settings = {key: getattr(args, key) or "" for key in ("stage", "preset", "seed", "data", *FOLDERS)}
+    settings |= {"shape": shape, **asdict(recipe), "base": base_of(args, recipe) or ""}
     if isinstance(data, Shards):
-        settings |= {"data": str(Path(args.data).resolve()), "bytes": data.bytes}
-    settings |= {"clips": len(data) if isinstance(data, Shards) else None, "shape": shape, **asdict(recipe)}
-    settings["base"] = base_of(args, recipe) or ""
+        settings |= {"data": str(Path(args.data).resolve()), "clips": len(data), "bytes": data.bytes}
     settings = json.loads(json.dumps(settings))  # as a checkpoint gives them back
 
     run = Run(nets, optimisers, args.out, settings)
@@ -490,11 +479,10 @@ LOSSES = {"loss": "of the stage", "anchors": "squared error at r = t", "jumps": 
 
 def main(argv=None):
     args = parse(argv)
-    too_large = ("More --accumulate or --checkpointing full need less; python -m full.plan"
-                 f" --preset {args.preset} --gpus {os.environ.get('WORLD_SIZE', 1)} says what it needs.")
+    stopped = "--resume goes on from a checkpoint, if one was saved"
+    less = lambda: what_needs_less(recipe_of(args.preset, args.stage, given(args)), args.stage, args.preset)
     try:
-        stopped = "--resume goes on from a checkpoint, if one was saved"
-        command("train.py", lambda: run_stage(args), stopped, too_large)
+        command("train.py", lambda: run_stage(args), stopped, less)
     finally:
         if dist.is_initialized():
             gc.collect()  # FSDP's networks hold on to the group

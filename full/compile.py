@@ -1,6 +1,7 @@
 """For speed and memory: blocks compiled by torch, and what a backward pass keeps of a block."""
 
 import functools
+import os
 
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -31,3 +32,18 @@ def keep_attention(context, op, q=None, k=None, *args, **kwargs):
 
 # At 32,760 tokens it is half of a block's work (14B) or more (1.3B), and one tensor of the size of its input.
 keep_self_attention = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+
+def what_needs_less(recipe, stage, preset):
+    """For a training that ran out of memory: the options that it does not use yet."""
+    gpus, onpolicy = int(os.environ.get("WORLD_SIZE", 1)), stage == "onpolicy"
+    unused = {
+        f"--accumulate {recipe.batch // gpus}": recipe.accumulate * gpus < recipe.batch,
+        "--checkpointing full": recipe.checkpointing != "full",
+        "--recompute-rollout true": onpolicy and not recipe.recompute_rollout,
+        "--grad-chunks 2": onpolicy and preset.endswith("-causal") and not recipe.grad_chunks,
+        "--lora 256": not recipe.lora,
+        "--share true": recipe.lora and not recipe.share,
+        "more GPUs": True,
+    }
+    some = ", ".join(name for name, helps in unused.items() if helps)
+    return f"It needs less with {some}; python -m full.plan --preset {preset} --gpus {gpus} says how much."

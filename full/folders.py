@@ -1,4 +1,4 @@
-"""The model folders that a stage starts from: checked to be of the right kind, taken apart into LoRAs."""
+"""The networks of a stage, and the model folders that they come from: checked, taken apart into LoRAs."""
 
 import functools
 from dataclasses import asdict, replace
@@ -15,6 +15,17 @@ from model import Wan
 # From which stages each stage may start.
 BEFORE = {"teacher": ("teacher",), "flowmap": ("teacher", "flowmap", "onpolicy"),
           "onpolicy": ("flowmap", "onpolicy"), "consistency": ("teacher",)}
+
+def networks(stage, recipe, baseline, make):
+    """{role: make(role)} for the networks of a stage; baseline: whether it is one of consistency.
+
+    student: in training. teacher: whose velocity the target or the consistency step follows. judge: in stage
+    2, the frozen teacher that DMD asks, by default the same folder; of a causal student it may be a
+    bidirectional one, which sees whole clips. fake: the fake score, a copy of the judge in training.
+    """
+    follows = baseline or (stage in ("flowmap", "onpolicy") and recipe.target == "teacher")
+    roles = ["student", *["teacher"] * follows, *["judge", "fake"] * (stage == "onpolicy")]
+    return {role: make(role) for role in roles}
 
 def load(folder, option, config, kind, stages):
     """A model folder, checked to have the preset's architecture and to come from one of the stages."""
@@ -42,7 +53,7 @@ def base_of(args, recipe):
     return str(Path(base).resolve())
 
 def from_folders(stage, recipe, args, config, baseline):
-    """`make` of `train.networks`: each role from the folder that the command line names for it, what is not
+    """`make` of `networks`: each role from the folder that the command line names for it, what is not
     trained frozen. baseline: whether the stage is one of consistency."""
     causal, base, device = config.kind == "causal", base_of(args, recipe), device_of(args.device)
 

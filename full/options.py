@@ -113,14 +113,14 @@ def reason(error):
         error = next(iter(error.failures.values()))[0]
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-def command(name, run, stopped, too_large=""):
-    """run(), which ends in one sentence at worst. stopped: what to do after Ctrl-C or SIGTERM; too_large: for
-    memory."""
+def command(name, run, stopped, too_large=str):
+    """run(), which ends in one sentence at worst. stopped: what to do after Ctrl-C or SIGTERM; too_large():
+    where memory does not do."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt: all is cleaned up
     try:
         run()
     except torch.OutOfMemoryError as error:
-        sys.exit(f"{name}: {reason(error)} {too_large}".strip())
+        sys.exit(f"{name}: {reason(error)} {too_large()}".strip())
     except (ValueError, OSError, RuntimeError, SafetensorError, ArithmeticError, MemoryError) as error:
         sys.exit(f"{name}: {reason(error)}")
     except KeyboardInterrupt:

@@ -26,12 +26,13 @@ from tqdm import tqdm
 
 from full.data import NAMES, preset
 from full.files import STAGES
+from full.folders import networks
 from full.lora import BODY, adapted
 from full.options import add_options, check, command, option
 from full.parallel import TRAINED, adapt, holder_of, trained
 from model import Wan, chunk_mask
 from sample import generate
-from train import RECIPES, Clips, Recipe, is_baseline, networks, recipe_of, train
+from train import RECIPES, Clips, Recipe, is_baseline, recipe_of, train
 
 class Cost(TorchDispatchMode):
     """FLOPs, and bytes of the activations alive on a device, of what runs inside.
@@ -179,7 +180,7 @@ def networks_on_meta(stage, recipe, config, layers=None):
         net.checkpointing = recipe.checkpointing
         return net
 
-    nets = networks(stage, recipe, make)
+    nets = networks(stage, recipe, is_baseline(stage, recipe), make)
     for role, net in nets.items():
         starts = {}
         if recipe.lora and not recipe.merge and role in ("teacher", "judge"):  # stage 0 is a LoRA, too

@@ -400,7 +400,7 @@ def three_networks(args, lora=4):
     args = train.parse(["onpolicy", "--preset", "tiny", *map(str, args)])
     recipe = train.Recipe(lora=lora, dtype="float32", checkpointing="none", compile=False)
     make = folders.from_folders("onpolicy", recipe, args, preset("tiny")[0], False)
-    nets = train.networks("onpolicy", recipe, make)
+    nets = folders.networks("onpolicy", recipe, False, make)
     assemble(nets, recipe, torch.device("cpu"))
     return nets
 
@@ -534,17 +534,24 @@ class Codec:
         return torch.tensor(rows)[:, :, None].expand(-1, -1, 32).contiguous()
 
 
-def test_too_little_memory_is_told_what_needs_less(monkeypatch, capsys):
-    """One sentence, and the command that says what would fit: as it stands there, it runs."""
+@pytest.mark.parametrize("given, helps", [
+    ([], ["accumulate 2", "checkpointing full", "lora 256", "recompute-rollout true", "grad-chunks 2"]),
+    (["--checkpointing", "full", "--grad-chunks", "2", "--recompute-rollout", "true"], ["accumulate 2"]),
+    (["--accumulate", "2", "--lora", "4"], ["checkpointing full", "grad-chunks 2"]),
+])
+def test_too_little_memory_is_told_what_needs_less(given, helps, monkeypatch, capsys):
+    """One sentence: options that the run does not use yet, and the command that says what would fit, as it
+    stands there."""
     def full(args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore of it")
 
     monkeypatch.setattr(train, "run_stage", full)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    said = refused("flowmap", "--preset", "tiny", "--batch", "2")
-    assert "CUDA out of memory" in said and "More --accumulate or --checkpointing full" in said
+    said = refused("onpolicy", "--preset", "tiny-causal", "--batch", "4", *given)
+    assert "CUDA out of memory" in said and all(f"--{option}" in said for option in helps)
+    assert not any(f"{option} " in said for option in given if option.startswith("--"))
     command = said[said.index("python -m full.plan ") :].split()[3:7]
-    assert command == ["--preset", "tiny", "--gpus", "2"]
+    assert command == ["--preset", "tiny-causal", "--gpus", "2"]
     monkeypatch.setattr(plan, "cost_of_training", lambda *args: (4e15, {"weights": 2**30}))
     plan.main(command)
     assert "flowmap" in capsys.readouterr().out
