@@ -91,7 +91,7 @@ class WanConfig:
         for problem, names in (("unknown", given.keys() - keys), ("missing", keys - given.keys())):
             if names:
                 raise ValueError(f"{where}: {problem} key {', '.join(sorted(names))} for {name}")
-        given["out_channels"] = given["out_channels"] or given["in_channels"]
+        given |= {"out_channels": given["in_channels"]} if given["out_channels"] is None else {}
         try:
             return cls(kind=kinds[name], **check(cls, given))
         except ValueError as error:
