@@ -1,6 +1,6 @@
 """AnyFlow (arXiv 2605.13724): any-step diffusion by on-policy flow-map distillation, for any u(z, t, r).
 
-Read from top to bottom; each part needs only the parts above it.
+Read from top to bottom; each part needs only those above it (but for a word on eq. (6) at the samplers).
 
     1  path        a straight line joins data and noise; the time grid
     2  flow map    one network call jumps from time t to ANY earlier time r; the samplers
@@ -340,7 +340,7 @@ def sum_over_processes(x):
 #
 # Stage 1 sees states made from data. A student that samples sees its own, with the errors of its earlier
 # jumps in them. So roll it out as it will be used, judge the sample x_hat, and send the gradient back.
-# To differentiate N steps is too dear, but the flow map makes the rollout three jumps however large N is:
+# To differentiate N steps is too dear, but the flow map makes them at most three jumps, however large N is:
 #     noise --(jump)--> z at grid[k] --(the step being trained)--> z at grid[k+1] --(jump)--> x_hat        (4)
 # ------------------------------------------------------------------------------------------------------------
 

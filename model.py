@@ -318,7 +318,7 @@ def rope_axis(dim, start, count, cell, device):
 #                   3         x                x  x  x
 #
 # Nobody sees a later chunk. A noisy token sees the past, CLEAN copies of earlier chunks and the noisy tokens
-# of its own chunk: what it will see when sampling. A clean token sees the past and clean tokens, never noise.
+# of its own chunk: the last chunk's what it will see when sampling. A clean token never sees noise.
 # ------------------------------------------------------------------------------------------------------------
 
 PAST, NOISY, CLEAN = range(3)

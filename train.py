@@ -138,9 +138,10 @@ def recipe_of(name, stage, changes, processes=1):
 class Clips:
     """All that the loop does not know: which frames and numbers a step takes, how a student is rolled out.
 
-    For other data write a class with three functions. `batch(step, part)` returns an object with x, noise,
-    cond, null, t, r, t_teacher and t_consistency, as below. `rollout(student, judge, batch)` is that of
-    `anyflow.on_policy_step` and may be just a `backward_simulation`. `has_whole_clips(step)` is False.
+    For other data write a class with three functions and a `device`, and name it in `run_stage`. `batch(step,
+    part, draw)` returns an object with x, noise, cond, null, t, r, t_teacher and t_consistency, as below.
+    `rollout(student, judge, batch)` returns what `anyflow.on_policy_step` says of it; its x_hat may be just a
+    `backward_simulation`, of an N and k that it draws. `has_whole_clips(step)` is False.
 
     Every process draws the numbers of the whole batch, from a generator that is seeded by the step and common
     to all, and takes its rows. So a run does not depend on where it was resumed, nor (but for a consistency

@@ -1,4 +1,4 @@
-"""Processes and memory: FSDP2 over the GPUs of a node, and three networks as adapters of one."""
+"""Processes and memory: FSDP2 over the GPUs of a node, and all networks of a stage as adapters of one."""
 
 import os
 import re
@@ -123,7 +123,7 @@ def shard(model, recipe, device, mesh):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# One frozen network for three
+# One frozen network for all
 #
 # The release keeps three whole models in stage 2. But all of them are raw Wan with a LoRA,
 #     judge = Wan + teacher's LoRA       fake score = Wan + LoRA       student = Wan + LoRA

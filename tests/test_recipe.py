@@ -54,7 +54,7 @@ def whole_clip(model, b):
 
 
 def rollout(model, b, recipe, chunks):
-    """x_hat, and t and noise of DMD: numbers drawn as in `train.Clips`, jumps as in METHOD's section 4."""
+    """x_hat, and t and noise of DMD: numbers drawn as in `train.Clips`, jumps as in eq. (4) of anyflow.py."""
     t = shifted(torch.rand(BATCH, generator=b.common))
     noise = torch.randn(b.clip.shape, generator=b.common)
     n = recipe.rollout_steps[torch.randint(len(recipe.rollout_steps), (), generator=b.common).item()]

@@ -1,4 +1,4 @@
-"""AnyFlow in two dimensions: the whole method with one small MLP, on a laptop, in some two minutes.
+"""AnyFlow in two dimensions: the whole method with one small MLP, on a laptop, in a few minutes.
 
     python -m toy.flow2d                       # checkerboard, one seed: table, claims, figures in out/flow2d
     python -m toy.flow2d --density mixture --exact-teacher
