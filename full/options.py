@@ -129,5 +129,6 @@ def command(name, run, stopped, too_large=str):
         signal.signal(signal.SIGTERM, before)
 
 def end_with_parent():
-    """SIGTERM to this process when its parent ends, however it does (on Linux): no orphan trains on."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    """SIGTERM to this process when its parent ends, however it does: no orphan trains on. On Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
