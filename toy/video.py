@@ -252,7 +252,7 @@ def keep(folder, target):
 def write_shards(world, folder, clips, seed, size=1024):
     """Clips of a world in the format that `train.py --data` reads."""
     hold(folder)
-    made, path = {"clips": clips, "seed": seed, "size": size, "gravity": world.gravity}, folder / "made.json"
+    made, path = {"clips": clips, "seed": seed, "size": size, "world": str(world)}, folder / "made.json"
     if path.exists() or any(folder.glob("*.safetensors")):
         if not path.exists() or read_json(path) != made:
             raise ValueError(f"{folder} holds other shards than {made}, expected a new folder")
