@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import anyflow  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from full import parallel, plan  # noqa: E402
+from full import lora, parallel, plan  # noqa: E402
 from full.checkpoint import Run  # noqa: E402
 from full.compile import compile_blocks  # noqa: E402
 from full.data import preset  # noqa: E402
@@ -420,9 +420,16 @@ def training_step(name, stage, compiled, rate):
         device = parallel.start_processes(DEVICE, recipe.dtype)
     with device:
         nets = {role: Wan(net.config) for role, net in plan.networks_on_meta(stage, recipe, config).items()}
-    base = nets.get(parallel.base_of(nets))
-    for net in nets.values() if base else ():
-        net.load_state_dict(base.state_dict(), strict=False)  # a student that has learned nothing yet
+    holder = nets.get(parallel.holder_of(nets))
+    for net in nets.values():
+        if holder:
+            net.load_state_dict(holder.state_dict(), strict=False)  # a student that has learned nothing yet
+    for role, net in nets.items():  # a LoRA of the judge that has learned nothing, either
+        zeros = lambda m: (m.weight.new_zeros(len(m.weight), recipe.lora),
+                           m.weight.new_zeros(recipe.lora, m.in_features))
+        frozen = role not in parallel.TRAINED
+        starts = {name: zeros(m) for name, m in lora.adapted(net, lora.BODY).items()} if frozen else {}
+        parallel.adapt(stage, role, net, recipe, starts)
     parallel.assemble(nets, recipe, device)
     adam = {role: torch.optim.AdamW(parallel.trained(nets[role]).values(), 1e-6, fused=True)
             for role in parallel.TRAINED if role in nets}
