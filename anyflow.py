@@ -43,10 +43,16 @@ def shift_time(t, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 def time_grid(steps, shift=1.0):
-    """The times that a sampler of `steps` network calls visits: float64 (steps + 1,), falling from 1 to 0."""
-    if not (isinstance(steps, int) and steps >= 1):
-        raise ValueError(f"steps is {steps!r}, expected an integer of at least 1")
-    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    """The times that a sampler of `steps` network calls visits: float64 (steps + 1,), falling from 1 to 0.
+
+    steps: how many, for even times, then shifted; or the times themselves (list or tensor), which stay.
+    """
+    if isinstance(steps, int) and steps >= 1:
+        return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    grid = torch.tensor(()) if isinstance(steps, (int, float, str)) else torch.as_tensor(steps).double()
+    if grid.ndim != 1 or len(grid) < 2 or grid[0] != 1 or grid[-1] != 0 or not (grid.diff() < 0).all():
+        raise ValueError(f"steps is {steps}, expected an integer of at least 1, or times from 1 down to 0")
+    return grid
 
 def interpolate(x, noise, t):
     """The state z_t = (1 - t) x + t eps (as x) of the straight path, whose velocity is dz/dt = eps - x."""
@@ -116,7 +122,7 @@ def _given(null, guidance):
 @torch.no_grad()
 def sample(model, noise, steps, *, shift=1.0, guidance=1.0, null=None, average=True, gamma=0.0, path=False,
            **cond):
-    """From noise (B, ...) at t = 1 to a sample at t = 0 in `steps` jumps.
+    """From noise (B, ...) at t = 1 to a sample at t = 0 in `steps` jumps, or by any times, see `time_grid`.
 
     average=True is the flow-map sampler. average=False asks for the velocity at (t, t) and follows it in a
     straight line: Euler's method, all that a teacher can do, with an error that falls as 1/steps.
@@ -218,12 +224,11 @@ def time_weight(t, shift=1.0):
 def central_difference(model, z, v, t, r, eps=0.005, **cond):
     """du/dt of eq. (3), as z: [u(z + e v, t + e, r) - u(z - e v, t - e, r)] / 2e, no gradient.
 
-    It is the mean of du/dt from t - e to t + e: for a network that is smooth at that scale the derivative, to
-    O(e^2), and a smoothing of what turns within e. The derivative of sin(w t) comes out times sin(w e)/(w e):
-    for the fastest sinusoid of Wan's time embedding, w = 1000, and the published e = 0.005, times -0.19.
-    Forwards are all it needs; a Jacobian-vector product fails in flash attention, flex attention and FSDP2. +
-    and - share one call. t +- e is clamped to [0, 1], and the quotient taken over the gap that is left: there
-    it is one-sided, exact to O(e).
+    It is the mean of du/dt from t - e to t + e: for a network smooth at that scale the derivative, to O(e^2),
+    and a smoothing of what turns within e. The derivative of sin(w t) comes out times sin(w e)/(w e): for the
+    fastest sinusoid of Wan's time embedding, w = 1000, and the published e = 0.005, times -0.19. Forwards are
+    all it needs; a Jacobian-vector product fails in flash attention, flex attention and FSDP2. + and - share
+    one call. t +- e is clamped to [0, 1], the quotient over the gap that is left: one-sided there, to O(e).
     """
     t, r = as_times(z, t, r)
     later, earlier = (t + eps).clamp(max=1), (t - eps).clamp(min=0)

@@ -29,7 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from anyflow import as_times
 from full.compile import compiled_flex_attention, keep_self_attention
-from full.files import WEIGHTS, read_json, read_weights, take_weights, write, write_json
+from full.files import (WEIGHTS, complete_student, compressed_patches, read_json, read_weights, take_weights,
+                        write, write_json)
 from full.lora import merged_state
 from full.options import check, option
 
@@ -599,22 +600,3 @@ class Cache:
     def forget_full_resolution(self):
         n, self.frames = self.compressed, self.compressed_frames
         self.past = [(k[:, :n], v[:, :n]) for k, v in self.past] if n else None
-
-def compressed_patches(embedding, size):
-    """{"weight", "bias"} of the patch embedding -> for larger patches, by trilinear interpolation."""
-    weight = embedding["weight"]
-    larger = F.interpolate(weight.flatten(0, 1)[:, None].float(), size=size, mode="trilinear")
-    larger = larger.reshape(*weight.shape[:2], *size).to(weight.dtype)
-    return {"weight": larger, "bias": embedding["bias"].clone()}
-
-def complete_student(state, config):
-    """Add, in place, what a student has beyond its teacher: a second time embedder, compressed patches."""
-    first, second = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
-    if config.kind != "teacher" and not any(name.startswith(second) for name in state):
-        state.update({second + name.removeprefix(first): value.clone()
-                      for name, value in list(state.items()) if name.startswith(first)})
-    if config.kind == "causal" and not any(name.startswith("far_patch_embedding.") for name in state):
-        patch = {name: state.get(f"patch_embedding.{name}") for name in ("weight", "bias")}
-        if None not in (patch["weight"], patch["bias"]):
-            new = compressed_patches(patch, config.compressed_patch_size)
-            state.update({f"far_patch_embedding.{name}": value for name, value in new.items()})

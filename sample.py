@@ -17,6 +17,7 @@ import importlib.util
 import math
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -28,17 +29,21 @@ from full.compile import compile_blocks
 from full.files import provenance, read_tensors
 from full.hub import find
 from full.options import command, device_of, positive, reason
-from full.pixels import FORMATS, Published, check_writer, clips_of, context_of, finite, save, text_of
+from full.pixels import (FORMATS, Published, check_writer, clips_of, context_of, finite, latent_shape, save,
+                         text_of)
 from model import Wan
 from toy import world
 
 TOO_LARGE = "Fewer --frames, --height and --width need less; python -m full.plan says how much a clip needs."
+MOST = 64  # calls that a chunk has use for
 EXAMPLE = Path(__file__).parent / "toy" / "weights" / "causal-anyflow"
 
 def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None,
              padding=False, sampler=None, path=False):
     """Latents (B, F, C, H, W) from noise of that shape in `steps` jumps, of a causal model for each chunk.
 
+    steps: a number, or a tensor of times, as in `anyflow.sample`; of a causal model also a list of these, one
+    for each chunk that is made, the last of which goes on.
     text: (B, L, text_dim). guidance: for teachers; needs null_text, as text. context: given first frames (B,
     f, C, H, W), returned unchanged. chunks, padding: see `stream`. sampler: one of SAMPLERS; by default
     "euler" for a network of one time, else "flowmap". path: of a bidirectional model, every state, as in
@@ -67,15 +72,16 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
         text, null = model.encode_text(text), None
         if guidance != 1 and null_text is not None:
             null = dict(text=model.encode_text(null_text))
-    run = sampler_of(model, sampler, guidance)
+    run, (steps,) = sampler_of(model, sampler, guidance), steps_of_chunks(steps, 1)
     return run(held, noise, steps, shift=shift, guidance=guidance, null=null, path=path, text=text)
 
 def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None,
-           padding=False, sampler=None):
+           padding=False, sampler=None, budget=None):
     """The chunks (B, f, C, H, W) of a causal model one by one, given ones first: arguments as of `generate`.
 
     chunks: frames of each, as many as one likes; not given, the model's own partition as far as noise
-    reaches. padding: see `Wan.new_cache`.
+    reaches. padding: see `Wan.new_cache`. budget: seconds on the clock for all chunks. The first takes its
+    `steps`, each later one, up to MOST, what fits into its frames' share of the time left, but one at least.
     """
     if model.config.kind != "causal":
         raise ValueError(f"streaming needs a causal model, found kind {model.config.kind!r}")
@@ -87,6 +93,10 @@ def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None
     if given and given not in ends:
         raise ValueError(f"context of {given} frames ends inside a chunk, expected one of {ends}")
 
+    left = steps_of_chunks(steps, sum(end > given for end in ends))
+    if budget is not None and not budget > 0:
+        raise ValueError(f"budget is {budget}, expected a number of seconds above 0")
+    deadline, cost = time.perf_counter() + (budget or 0), None  # seconds of a call for a frame
     run = sampler_of(model, sampler, guidance)
     with torch.no_grad():
         prompts = [text, null_text] if guidance != 1 and null_text is not None else [text]
@@ -97,12 +107,26 @@ def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None
         if end <= given:
             chunk = context[:, end - size : end]
         else:
+            calls, now = left.pop(0), time.perf_counter()
+            if cost:  # a chunk also costs a call to enter the cache
+                share = (deadline - now) / (ends[-1] - end + size)
+                calls = max(1, int(min(MOST, share / cost - 1)))
             start, null = noise[:, end - size : end], nulls[0] if nulls else None
-            chunk = run(model, start, steps, shift=shift, guidance=guidance, null=null, **cond)
+            chunk = run(model, start, calls, shift=shift, guidance=guidance, null=null, **cond)
+            if budget:
+                chunk.flatten()[0].item()  # waits for a GPU
+                cost = (time.perf_counter() - now) / (len(anyflow.time_grid(calls)) - 1) / size
         yield chunk
         if end < ends[-1]:
             for cache, prompt in branches:
                 model.extend(cache, chunk, prompt)
+
+def steps_of_chunks(steps, chunks):
+    """What `generate` calls steps, as a list with what each of so many chunks takes."""
+    steps = list(steps) if isinstance(steps, (list, tuple)) else [steps]
+    if not 1 <= len(steps) <= chunks:
+        raise ValueError(f"steps are {len(steps)} numbers for {chunks} chunk(s), expected one each at most")
+    return steps + steps[-1:] * (chunks - len(steps))
 
 # How each kind of network is sampled: a teacher, a flow map, a model distilled by consistency.
 SAMPLERS = {
@@ -151,24 +175,6 @@ def given_frames(context, noise):
 
 # ---- Command line ----------------------------------------------------------------------------------------
 
-class Tiny:
-    """As `Published`, for a model of the tiny world: a prompt is a row of labels, and a latent is a pixel."""
-
-    fps, stride = 4, (1, 1)
-
-    def read_prompts(self, prompts, dtype):
-        pass
-
-    def text(self, prompt):
-        """(1, 4, 32). ValueError for what the tiny world cannot make."""
-        return world.embed(torch.tensor([world.parse_prompt(prompt)]) if prompt else None)
-
-    def open_vae(self, channels):
-        pass
-
-    def pixels(self, latents):
-        return world.enlarge(latents)
-
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -190,7 +196,11 @@ def parse(argv):
     add("--context", help="safetensors: `latents` (B, f, C, h, w), given first frames")
     add("--out", type=Path, default=Path("out/clip"), help="file .mp4, .gif, .png (some frames), .safetensors"
         " (latents), by default all that apply; of several clips the folder")
-    add("--steps", type=positive, default=4, help="network calls, of a causal model a chunk (default 4)")
+    steps = parser.add_mutually_exclusive_group().add_argument
+    steps("--steps", type=positive, nargs="+", default=[4], help="network calls (default 4), of a causal"
+          " model a chunk: one number for each, the last one goes on")
+    steps("--times", type=float, nargs="+", help="where calls begin and end, as 1 0.9 0.5 0")
+    add("--budget", type=float, help="seconds: chunks but the first take the calls that fit, and are told")
     add("--frames", type=positive, help="of the video, if not the model's own (81)")
     add("--height", type=positive, help="in pixels, if not the model's own (480)")
     add("--width", type=positive, help="in pixels, if not the model's own (832)")
@@ -219,31 +229,25 @@ def parse(argv):
         parser.error(f"--guidance is {args.guidance}, expected a number of at least 0")
     return args
 
-def latent_shape(args, config, made, stride):
-    """(F, C, h, w) for --frames, --height and --width in pixels, or what the model was trained for."""
-    patch = config.compressed_patch_size if config.kind == "causal" else config.patch_size
-    f, _, h, w = made.get("shape") or (sum(config.chunk_partition), 16, 60, 104)
-    wanted = {"height": (stride[1] * patch[1], args.height), "width": (stride[1] * patch[2], args.width)}
-    for name, (multiple, size) in wanted.items():
-        if size and size % multiple:
-            raise ValueError(f"{name} is {size}, expected a multiple of {multiple}")
-    if args.frames and (args.frames - 1) % stride[0]:
-        raise ValueError(f"frames are {args.frames}, expected 1 more than a multiple of {stride[0]}")
-    f = (args.frames - 1) // stride[0] + 1 if args.frames else f
-    h, w = (size // stride[1] if size else own for size, own in ((args.height, h), (args.width, w)))
-    if config.kind == "causal" and not args.chunks:
-        partition(f, config.chunk_partition)
-    return f, config.in_channels, h, w
+def told(chunks, calls):
+    """Chunks as they are finished, and a line on each. calls: a list of all network calls so far."""
+    start = time.perf_counter()
+    for i, chunk in enumerate(chunks, 1):
+        tqdm.write(f"chunk {i}: {len(calls)} network calls, {time.perf_counter() - start:.3f} s")
+        calls.clear()
+        yield chunk
+        start = time.perf_counter()
 
 def run(args):
     """All of the command line's clips. Raises ValueError; OSError and RuntimeError where it cannot go on."""
     args.model, args.parts = find(args.model, args.revision), args.parts and find(args.parts)
     args.negative = text_of(args.negative)
+    steps = anyflow.time_grid(args.times) if args.times else args.steps
     device, made = device_of(args.device), provenance(args.model)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     model = Wan.from_pretrained(args.model)  # on the CPU, as stored, until the text encoder has gone
     tiny = str(made.get("preset")).startswith("tiny")
-    parts = Tiny() if tiny else Published(args.parts or args.model, device)
+    parts = world.Pixels() if tiny else Published(args.parts or args.model, device)
 
     formats = [args.ending] if args.ending in FORMATS else [".safetensors" if args.text else ".mp4"]
     if tiny and args.ending not in FORMATS:
@@ -257,6 +261,8 @@ def run(args):
     if formats != [".safetensors"] or args.image or args.video:
         parts.open_vae(model.config.in_channels)
     shape = latent_shape(args, model.config, made, parts.stride)
+    if model.config.kind == "causal" and not args.chunks:
+        partition(shape[0], model.config.chunk_partition)
     context = context_of(args, model.config, shape, parts)
     stored = read_tensors(args.text, "text") if args.text else {}
     if clips and not stored:
@@ -279,11 +285,15 @@ def run(args):
         size = len(text), shape[1], shape[0], *shape[2:]
         noise = torch.randn(size, generator=torch.Generator().manual_seed(seed)).transpose(1, 2)
         torch.manual_seed(seed)
+        inputs, calls = (model, text, noise.to(device, dtype), steps), []
         with tqdm(desc=stem.name, unit="call", disable=None) as bar:
-            counter = model.register_forward_hook(lambda *_: bar.update())
+            counter = model.register_forward_hook(lambda *_: calls.append(bar.update()))
             try:
-                latents = generate(model, text, noise.to(device, dtype), args.steps, null_text=null,
-                                   context=given, **options)
+                if args.budget is None:
+                    latents = generate(*inputs, null_text=null, context=given, **options)
+                else:
+                    chunks = stream(*inputs, null_text=null, context=given, budget=args.budget, **options)
+                    latents = torch.cat([*told(chunks, calls)], 1)
             finally:
                 counter.remove()
         latents = finite(latents, "latents").float().cpu()

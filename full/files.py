@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -121,6 +122,25 @@ def take_weights(model, state, where):
         if not state[name].isfinite().all():
             raise ValueError(f"{where}: {name} has values that are not finite: the weights are damaged")
     model.load_state_dict(state, assign=True)
+
+def compressed_patches(embedding, size):
+    """{"weight", "bias"} of the patch embedding -> for larger patches, by trilinear interpolation."""
+    weight = embedding["weight"]
+    larger = F.interpolate(weight.flatten(0, 1)[:, None].float(), size=size, mode="trilinear")
+    larger = larger.reshape(*weight.shape[:2], *size).to(weight.dtype)
+    return {"weight": larger, "bias": embedding["bias"].clone()}
+
+def complete_student(state, config):
+    """Add, in place, what a student has beyond its teacher: a second time embedder, compressed patches."""
+    first, second = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
+    if config.kind != "teacher" and not any(name.startswith(second) for name in state):
+        state.update({second + name.removeprefix(first): value.clone()
+                      for name, value in list(state.items()) if name.startswith(first)})
+    if config.kind == "causal" and not any(name.startswith("far_patch_embedding.") for name in state):
+        patch = {name: state.get(f"patch_embedding.{name}") for name in ("weight", "bias")}
+        if None not in (patch["weight"], patch["bias"]):
+            new = compressed_patches(patch, config.compressed_patch_size)
+            state.update({f"far_patch_embedding.{name}": value for name, value in new.items()})
 
 @dataclass(frozen=True)
 class Provenance:

@@ -332,6 +332,20 @@ def clips_of(args, formats):
         print(f"{len(clips) - len(missing)} of {len(clips)} are there already, made with whatever settings")
     return missing
 
+def latent_shape(args, config, made, stride):
+    """(F, C, h, w) for --frames, --height and --width in pixels, or what the model was trained for."""
+    patch = config.compressed_patch_size if config.kind == "causal" else config.patch_size
+    f, _, h, w = made.get("shape") or (sum(config.chunk_partition), 16, 60, 104)
+    wanted = {"height": (stride[1] * patch[1], args.height), "width": (stride[1] * patch[2], args.width)}
+    for name, (multiple, size) in wanted.items():
+        if size and size % multiple:
+            raise ValueError(f"{name} is {size}, expected a multiple of {multiple}")
+    if args.frames and (args.frames - 1) % stride[0]:
+        raise ValueError(f"frames are {args.frames}, expected 1 more than a multiple of {stride[0]}")
+    f = (args.frames - 1) // stride[0] + 1 if args.frames else f
+    h, w = (size // stride[1] if size else own for size, own in ((args.height, h), (args.width, w)))
+    return f, config.in_channels, h, w
+
 def context_of(args, config, shape, parts):
     """Latents (1, f, C, h, w) that --context, --image or --video gives for every clip, or None."""
     if args.context:

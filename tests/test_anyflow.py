@@ -119,6 +119,17 @@ def test_any_number_of_steps_of_the_exact_flow_map_gives_the_same_sample():
     assert all(torch.allclose(samples[0], other, atol=1e-5) for other in samples[1:])
 
 
+def test_own_times_of_the_exact_flow_map_give_the_same_sample_and_are_visited():
+    exact = Exact(mixture())
+    noise, times = torch.randn(4, 2, dtype=torch.float64), [1, 0.93, 0.2, 0.11, 0]
+    states = anyflow.sample(exact, noise, times, shift=5.0, path=True)  # a shift moves even times alone
+    assert torch.allclose(states[-1], anyflow.sample(exact, noise, 1), atol=1e-5)
+    assert torch.allclose(states[2], anyflow.jump(exact, noise, 1.0, 0.2), atol=1e-5)
+    even = anyflow.time_grid(3, 5.0)
+    assert torch.equal(anyflow.time_grid(even), even)
+    assert torch.equal(anyflow.sample(exact, noise, even), anyflow.sample(exact, noise, 3, shift=5.0))
+
+
 def test_sampler_without_averages_is_euler(net):
     noise = torch.randn(5, 2, dtype=torch.float64)
     z, grid = noise, anyflow.time_grid(3, 5.0)
@@ -735,6 +746,12 @@ TWO = torch.zeros(2, 2)
 BAD = [
     (lambda: anyflow.time_grid(0), "steps is 0"),
     (lambda: anyflow.time_grid(2.5), "steps is 2.5"),
+    (lambda: anyflow.time_grid([1, 0.5]), "from 1 down to 0"),
+    (lambda: anyflow.time_grid([0.9, 0]), "from 1 down to 0"),
+    (lambda: anyflow.time_grid([1, 0.5, 0.5, 0]), "steps is [1, 0.5, 0.5, 0], expected"),
+    (lambda: anyflow.time_grid(()), "steps is"),
+    (lambda: anyflow.time_grid("4"), "steps is 4, expected an integer"),
+    (lambda: anyflow.time_grid(torch.tensor([1, math.nan, 0])), "from 1 down to 0"),
     (lambda: anyflow.time_grid(4, 0), "shift is 0"),
     (lambda: anyflow.shift_time(0.5, -1), "shift is -1"),
     (lambda: anyflow.jump(video_net, TWO, 0.5, 0.6), "r above t by up to 0.1, expected r <= t"),

@@ -413,7 +413,60 @@ def test_damaged_folder_is_named(folder, damage, message):
         Wan.from_pretrained(folder)
 
 
+def clocked(monkeypatch, seconds=1.0):
+    """A causal model, and what its calls and ways into the cache have cost on a clock of its own."""
+    model, spent = build(num_layers=1), [0.0]
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: sum(spent))
+    model.register_forward_hook(lambda *_: spent.append(seconds))
+    extend = model.extend
+    monkeypatch.setattr(model, "extend", lambda *inputs: (spent.append(seconds), extend(*inputs))[1])
+    return model, spent
+
+
+def calls_by_chunk(model, spent, steps, frames=5, **options):
+    """How many of the model's calls each chunk of one frame took, without that into the cache."""
+    calls, text = [], draw("text", 1, 5, 12)
+    noise = draw("z", 1, frames, 4, 8, 12)
+    for chunk in sample.stream(model, text, noise, steps, chunks=(1,) * frames, **options):
+        calls.append(len(spent) - 1 - sum(calls) - len(calls))
+    return calls
+
+
+def test_every_chunk_takes_its_own_number_of_calls(monkeypatch):
+    clock = clocked(monkeypatch)
+    for steps, wanted in ((2, [2] * 5), ([3, 1], [3, 1, 1, 1, 1]), ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]),
+                          (torch.tensor([1, 0.5, 0.1, 0]), [3] * 5)):
+        clock[1][:] = [0.0]
+        assert calls_by_chunk(*clock, steps) == wanted
+    text, noise = draw("text", 1, 5, 12), draw("z", 1, 3, 4, 8, 12)
+    whole = sample.generate(build("anyflow", num_layers=1), text, noise, torch.tensor([1, 0.3, 0]))
+    assert torch.equal(whole, sample.generate(build("anyflow", num_layers=1), text, noise, [[1, 0.3, 0]]))
+
+
+@pytest.mark.parametrize("budget, wanted", [
+    (20.0, [4, 2, 3, 3, 3]),  # 20 - 5 on the first chunk: 3.75 a chunk, one of them into the cache
+    (1.0, [4, 1, 1, 1, 1]),  # spent by the first chunk
+    (1e9, [4, sample.MOST, sample.MOST, sample.MOST, sample.MOST]),
+])
+def test_a_stream_under_a_clock_spends_what_is_left(monkeypatch, budget, wanted):
+    model, spent = clocked(monkeypatch)
+    assert calls_by_chunk(model, spent, 4, budget=budget) == wanted
+    assert sum(spent) <= max(budget, 4 + 4 * 2)  # a call and the way into the cache is the least
+
+
+def test_a_stream_under_a_clock_makes_the_clips_of_its_calls(monkeypatch):
+    model, _ = clocked(monkeypatch)
+    text, noise = draw("text", 1, 5, 12), draw("z", 1, 5, 4, 8, 12)
+    timed = torch.cat([*sample.stream(model, text, noise, 4, chunks=(1,) * 5, budget=20.0)], 1)
+    assert torch.equal(timed, sample.generate(model, text, noise, [4, 2, 3, 3, 3], chunks=(1,) * 5))
+
+
 BAD_CALLS = {
+    "steps are 3 numbers for 2 chunk": lambda m, z, x: sample.generate(m, x, z, [1, 2, 3], chunks=(1, 2)),
+    "steps are 0 numbers": lambda m, z, x: sample.generate(m, x, z, [], chunks=(1, 2)),
+    "steps are 2 numbers for 1 chunk": lambda m, z, x: sample.generate(build("anyflow"), x, z, [1, 2]),
+    "budget is 0": lambda m, z, x: list(sample.stream(m, x, z, 1, chunks=(1, 2), budget=0)),
+    "budget is nan": lambda m, z, x: list(sample.stream(m, x, z, 1, chunks=(1, 2), budget=math.nan)),
     "expected \\(B, F, 4, H, W\\)": lambda m, z, x: m(z[:, :, :3], 0.5, 0.1, x),
     "expected multiples of 4 x 4": lambda m, z, x: m(z[..., :10], 0.5, 0.1, x, chunks=(1, 2)),
     "expected multiples of 2 x 2": lambda m, z, x: m(z[..., :11], 0.5, 0.1, x),

@@ -180,6 +180,24 @@ def true_frames(name, prompt, frames, seed):
     label, start = torch.tensor([parse_prompt(prompt)]), world.draw(first, seed)[1]
     return world.render(label, start, stars=world.twinkle(first, seed))[:, :frames]
 
+class Pixels:
+    """As `full.pixels.Published`, for models of these worlds: a prompt is a row of labels, a latent a pixel."""
+
+    fps, stride = 4, (1, 1)
+
+    def read_prompts(self, prompts, dtype):
+        pass
+
+    def text(self, prompt):
+        """(1, 4, 32). ValueError for what no world can make."""
+        return embed(torch.tensor([parse_prompt(prompt)]) if prompt else None)
+
+    def open_vae(self, channels):
+        pass
+
+    def pixels(self, latents):
+        return enlarge(latents)
+
 def rgb(clip):
     """(..., 3, H, W) in [-2, 2], background 0 -> (..., H, W, 3) in [0, 1]."""
     return np.clip(0.5 + 0.25 * np.moveaxis(np.asarray(clip, dtype=np.float32), -3, -1), 0, 1)
