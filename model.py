@@ -28,9 +28,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from anyflow import as_times
+from full import files
 from full.compile import compiled_flex_attention, keep_self_attention
-from full.files import (WEIGHTS, complete_student, compressed_patches, read_json, read_weights, take_weights,
-                        write, write_json)
 from full.lora import merged_state
 from full.options import check, option
 
@@ -378,7 +377,7 @@ class Wan(nn.Module):
         if config.kind == "causal":
             size = config.compressed_patch_size
             self.far_patch_embedding = nn.Conv3d(config.in_channels, width, size, size)
-            larger = compressed_patches(self.patch_embedding.state_dict(), size)
+            larger = files.compressed_patches(self.patch_embedding.state_dict(), size)
             self.far_patch_embedding.load_state_dict(larger)
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -563,19 +562,19 @@ class Wan(nn.Module):
             raise ValueError(f"no model folder at {folder}")
         if not (folder / "config.json").exists() and (folder / "transformer" / "config.json").exists():
             folder = folder / "transformer"
-        config = WanConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+        config = WanConfig.from_dict(files.read_json(folder / "config.json"), str(folder / "config.json"))
         if kind is not None:
             if kind not in CLASSES or (kind == "teacher" and config.kind != "teacher"):
                 raise ValueError(f"kind is {kind!r} for {folder} of kind {config.kind}, expected a student's")
             missing = new.keys() - config.to_dict().keys()
             config = replace(config, kind=kind, **{key: new[key] for key in missing})
-        state = read_weights(folder)
+        state = files.read_weights(folder)
         if kind == "anyflow":
             state = {name: p for name, p in state.items() if not name.startswith("far_patch_embedding.")}
-        complete_student(state, config)
+        files.complete_student(state, config)
         with torch.device("meta"):
             model = cls(config)
-        take_weights(model, {name: p.to(device, dtype) for name, p in state.items()}, folder)
+        files.take_weights(model, {name: p.to(device, dtype) for name, p in state.items()}, folder)
         return model
 
     def save_pretrained(self, folder):
@@ -583,9 +582,9 @@ class Wan(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.contiguous() for name, value in merged_state(self).items()}
-        write(folder / WEIGHTS, lambda part: save_file(state, part, metadata={"format": "pt"}))
-        (folder / f"{WEIGHTS}.index.json").unlink(missing_ok=True)  # of shards that were here before
-        write_json(folder / "config.json", self.config.to_dict())
+        files.write(folder / files.WEIGHTS, lambda part: save_file(state, part, metadata={"format": "pt"}))
+        (folder / f"{files.WEIGHTS}.index.json").unlink(missing_ok=True)  # of shards that were here before
+        files.write_json(folder / "config.json", self.config.to_dict())
 
 class Cache:
     """What a causal model keeps of finished chunks: each block's keys and values, compressed chunks first."""

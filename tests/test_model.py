@@ -427,7 +427,7 @@ def calls_by_chunk(model, spent, steps, frames=5, **options):
     """How many of the model's calls each chunk of one frame took, without that into the cache."""
     calls, text = [], draw("text", 1, 5, 12)
     noise = draw("z", 1, frames, 4, 8, 12)
-    for chunk in sample.stream(model, text, noise, steps, chunks=(1,) * frames, **options):
+    for _chunk in sample.stream(model, text, noise, steps, chunks=(1,) * frames, **options):
         calls.append(len(spent) - 1 - sum(calls) - len(calls))
     return calls
 

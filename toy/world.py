@@ -181,7 +181,7 @@ def true_frames(name, prompt, frames, seed):
     return world.render(label, start, stars=world.twinkle(first, seed))[:, :frames]
 
 class Pixels:
-    """As `full.pixels.Published`, for models of these worlds: a prompt is a row of labels, a latent a pixel."""
+    """As `full.pixels.Published`, for models of these worlds: a prompt is labels, a latent a pixel."""
 
     fps, stride = 4, (1, 1)
 
