@@ -24,15 +24,20 @@ def preset(name):
     frames, height, width = (9, 12, 12) if size == "tiny" else (21, 60, 104)
     return config, (frames, config.in_channels, height, width)
 
-def shard_sizes(path):
-    """Shapes of the latents and the text in a shard. ValueError for what is none, or cut."""
+def clips_in(path, shape, text):
+    """How many clips a shard has, latents (n, *shape) and text (n, *text). ValueError for what is none, cut,
+    or of other sizes."""
     if not path.is_file():
-        raise ValueError("no file")
+        raise ValueError(f"{path}: no file")
     try:
         with safe_open(path, "pt") as file:
-            return [tuple(file.get_slice(key).get_shape()) for key in ("latents", "text")]
+            sizes = [tuple(file.get_slice(key).get_shape()) for key in ("latents", "text")]
     except SafetensorError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(f"{path}: {error}") from None
+    if sizes[0][1:] != shape or sizes[1] != (*sizes[0][:1], *text):
+        wanted = f"(n, {', '.join(map(str, shape))}) and (n, {', '.join(map(str, text))})"
+        raise ValueError(f"{path}: latents {sizes[0]} and text {sizes[1]}, expected {wanted}")
+    return sizes[0][0]
 
 class Shards:
     """A folder of safetensors files, each with `latents` (n, F, C, H, W) and `text` (n, L, text_dim) of n
@@ -53,15 +58,11 @@ class Shards:
             if path.name == "null.safetensors" or path.name[0] == ".":
                 continue
             try:
-                sizes, length = shard_sizes(path), path.stat().st_size
-                if sizes[0][1:] != shape or sizes[1] != (sizes[0][0], *text):
-                    wanted = f"(n, {', '.join(map(str, shape))}) and (n, {', '.join(map(str, text))})"
-                    raise ValueError(f"latents {sizes[0]} and text {sizes[1]}, expected {wanted}")
-                file = safe_open(path, "pt")
-                self.clips += [(file, path, length, i) for i in range(sizes[0][0])]
+                count, length, file = clips_in(path, shape, text), path.stat().st_size, safe_open(path, "pt")
+                self.clips += [(file, path, length, i) for i in range(count)]
                 self.bytes += length
             except (ValueError, OSError) as error:
-                bad.append(f"{path}: {error}")
+                bad.append(str(error))
         if bad and not skip_bad:
             raise ValueError(f"{len(bad)} bad shard(s), first {bad[0]}; --skip-bad-shards uses the others")
         if bad and os.environ.get("RANK", "0") == "0":

@@ -41,7 +41,7 @@ def hold(folder, *read):
     folder = Path(folder).resolve()
     for source in (Path(name).resolve() for name in read if name):
         if folder in (source, source / "transformer"):
-            raise ValueError(f"{folder} would be written and is read, expected another --out")
+            raise ValueError(f"{folder} would be written and is read, expected another folder")
     folder.mkdir(parents=True, exist_ok=True)
     file = HELD.get(folder) or open(folder / ".lock", "a+")
     try:

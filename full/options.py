@@ -10,6 +10,7 @@ import ctypes
 import functools
 import math
 import os
+import re
 import signal
 import sys
 from dataclasses import MISSING, field, fields
@@ -20,7 +21,8 @@ from safetensors import SafetensorError
 KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "integers"}
 
 def option(default=MISSING, meaning="", **limits):
-    """A field. limits: low, above, high, below, choices; length of a tuple, whose integers they hold for."""
+    """A field. limits: low, above, high, below, choices; length of a tuple, whose integers they hold for;
+    form of a text, in which 0 stands for any digit."""
     return field(default=default, metadata={"meaning": meaning} | limits)
 
 def expected(f):
@@ -28,7 +30,7 @@ def expected(f):
     limits = f.metadata
     if "choices" in limits:
         return f"one of {', '.join(limits['choices'])}"
-    kind = f"{limits['length']} integers" if "length" in limits else KINDS[f.type]
+    kind = f"{limits['length']} integers" if "length" in limits else limits.get("form", KINDS[f.type])
     if "low" in limits and "high" in limits:
         return f"{kind} in [{limits['low']}, {limits['high']}]"
     words = (("above", "above"), ("low", "of at least"), ("high", "up to"), ("below", "and below"))
@@ -45,6 +47,8 @@ def fits(f, value):
                        and limits.get("low", x) <= x <= limits.get("high", x)
                        and ("above" not in limits or x > limits["above"])
                        and ("below" not in limits or x < limits["below"]))
+    if "form" in limits and re.sub("[0-9]", "0", value) != limits["form"]:
+        return False
     long = f.type is not tuple or len(value) == limits.get("length", len(value)) > 0
     return long and all(map(right, numbers)) and value in limits.get("choices", (value,))
 

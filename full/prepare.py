@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from full.data import NAMES, preset
-from full.files import read_json, read_lines, write, write_json
+from full.data import NAMES, clips_in, preset
+from full.files import hold, read_json, read_lines, write, write_json
 from full.hub import find
 from full.options import check, command, device_of, option, positive
 from full.pixels import VAE, TextEncoder, read_video, text_of
@@ -30,16 +30,26 @@ class Row:
 
     video: str = option()
     rank: int = option(low=0)
-    shard: str = option("none")
+    shard: str = option("none", form="000-000000.safetensors")
     row: int = option(0, low=0)
     used: str = option(None)
     error: str = option(None)
 
-def read_manifests(folder):
-    """The rows of all processes' manifests whose shard is there: what failed may have been mended since."""
+def read_manifests(folder, shape, text, rank, world):
+    """The rows of all processes' manifests, and of these whose clip is in its shard: what failed may have
+    been mended since. A bad shard, or one in no manifest, is set aside by one of the processes."""
     paths = sorted(folder.glob("manifest-*.jsonl"))
-    rows = [check(Row, row, path) for path in paths for row in read_lines(path)]
-    return [row for row in rows if (folder / row.get("shard", "none")).exists()]
+    rows, clips = [check(Row, row, path) for path in paths for row in read_lines(path)], {}
+    for path in sorted(folder.glob("[0-9]*-[0-9]*.safetensors")):
+        try:
+            if path.name not in {row.get("shard") for row in rows}:
+                raise ValueError(f"{path}: in no manifest")
+            clips[path.name] = clips_in(path, shape, text)
+        except (ValueError, OSError) as error:
+            if int(path.name.partition("-")[0]) % world == rank:
+                print(f"{error}; set aside as {path.name}.damaged, to be made again", file=sys.stderr)
+                os.replace(path, f"{path}.damaged")
+    return rows, [row for row in rows if row.get("row", 0) < clips.get(row.get("shard"), 0)]
 
 def prepare(videos, folder, shape, text_dim, encode, vae, negative="", size=32, rank=0, world=1):
     """Every video below a folder, with its caption in a .txt of the same name, to shards: (clips, bad files).
@@ -55,9 +65,13 @@ def prepare(videos, folder, shape, text_dim, encode, vae, negative="", size=32, 
     frames, _, height, width = shape
     pixels = (frames - 1) * vae.stride[0] + 1, height * vae.stride[1], width * vae.stride[1]
     folder.mkdir(parents=True, exist_ok=True)
-    known = read_manifests(folder)
+    null = encode([negative]).bfloat16()
+    if null.shape[2] != text_dim:
+        raise ValueError(f"the text encoder is {null.shape[2]} wide, expected {text_dim} for the preset")
+    listed, known = read_manifests(folder, shape, tuple(null.shape[1:]), rank, world)
     seen, rows = {row["video"] for row in known}, [row for row in known if row["rank"] == rank]
-    shards = 1 + max((int(row["shard"][4:10]) for row in rows), default=-1)
+    numbers = [int(row["shard"][4:10]) for row in listed if "shard" in row and row["rank"] == rank]
+    shards = 1 + max(numbers, default=-1)
     clips = []  # encoded, of the next shard: latents, text, row of the manifest
 
     def flush():
@@ -72,9 +86,6 @@ def prepare(videos, folder, shape, text_dim, encode, vae, negative="", size=32, 
         write(folder / f"manifest-{rank:03}.jsonl", lambda part: part.write_text(text))
 
     if rank == 0:
-        null = encode([negative]).bfloat16()
-        if null.shape[2] != text_dim:
-            raise ValueError(f"the text encoder is {null.shape[2]} wide, expected {text_dim} for the preset")
         write(folder / "null.safetensors", lambda part: save_file({"text": null}, part))
     todo = [path for path in files[rank::world] if str(path.relative_to(videos)) not in seen]
     for path in tqdm(todo, desc="videos", disable=None):
@@ -106,11 +117,12 @@ def run(args):
     init, negative = find(args.init), text_of(args.negative)
     settings = {"videos": str(args.videos.resolve()), "init": str(init.resolve()), "shape": list(shape)}
     settings["negative"] = negative
+    if rank == 0:
+        hold(folder, init)
     path = folder / "prepare.json"
     if path.exists() and read_json(path) != settings:
         raise ValueError(f"{folder} was prepared from {read_json(path)}, expected {settings}: another --data")
     encode = TextEncoder(init, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_json(path, settings)
     vae = VAE(init, device)

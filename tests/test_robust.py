@@ -1,5 +1,6 @@
 """What comes from outside may be broken or hostile: it runs no code, mixes no data, ends in a sentence."""
 
+import fcntl
 import json
 import os
 import pickle
@@ -13,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import refused, run, weights
+from test_train import Codec, refused, run, weights
 
 import sample
-from full import checkpoint
+from full import checkpoint, prepare
 from full.data import Shards
 from full.files import WEIGHTS, read_json, write_json
 from model import Wan
@@ -212,6 +213,69 @@ def test_shards_are_not_mixed_nor_cut(tmp_path, capsys):
     assert len(Shards(tmp_path / "x", World().shape, 32, skip_bad=True)) == 4
     said = capsys.readouterr().err
     assert "skipped 2 bad" in said and str(first) in said and str(cut) in said
+
+
+def clips_of_videos(folder, rank=0, world=1):
+    """`prepare` of five videos into folder/out, two a shard; no ffmpeg: a video is its file's number."""
+    for i in range(5):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{i}.mp4").touch(), (folder / f"{i}.txt").write_text(f"clip {i}")
+    codec = Codec()
+    return prepare.prepare(folder, folder / "out", (3, 3, 4, 6), 32, codec, codec, "", 2, rank, world)
+
+
+def read_number(path, frames, height, width):
+    return torch.full((frames, 3, height, width), int(path.stem) / 10), None
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.write_bytes(path.read_bytes()[:-700]), lambda path: path.write_bytes(b""),
+    lambda path: save_file({"latents": torch.zeros(2, 3, 3, 4, 6), "text": torch.zeros(2, 7, 32)}, path),
+    lambda path: save_file({key: rows[:1] for key, rows in load_file(path).items()}, path),
+    lambda path: (path.unlink(), path.symlink_to(path.name))],
+    ids=["cut", "empty", "of other text", "one clip short", "a link in a circle"])
+def test_bad_shard_is_made_again(spoil, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "read_video", read_number)
+    folder = tmp_path / "videos"
+    assert clips_of_videos(folder) == (5, 0)
+    path = folder / "out" / "000-000001.safetensors"
+    spoil(path)
+    assert clips_of_videos(folder) == (5, 0)
+    rows = [json.loads(line) for line in open(folder / "out" / "manifest-000.jsonl")]
+    assert sorted(row["video"] for row in rows) == [f"{i}.mp4" for i in range(5)]
+    for row in rows:
+        clip = load_file(folder / "out" / row["shard"])["latents"][row["row"]]
+        video = read_number(folder / row["video"], 9, 32, 48)[0]
+        assert torch.equal(clip, Codec().encode(video[None])[0].bfloat16())
+
+
+def test_shard_that_no_manifest_names_is_no_second_copy(tmp_path, monkeypatch, capsys):
+    """Of two processes one is killed before its manifest; one process goes on."""
+    monkeypatch.setattr(prepare, "read_video", read_number)
+    folder = tmp_path / "videos"
+    clips_of_videos(folder, 0, 2), clips_of_videos(folder, 1, 2)
+    (folder / "out" / "manifest-001.jsonl").unlink()
+    clips_of_videos(folder)
+    assert len(Shards(folder / "out", (3, 3, 4, 6), 32)) == 5
+    assert "001-000000.safetensors: in no manifest" in capsys.readouterr().err
+
+
+def test_prepare_has_its_folder_alone(tmp_path, monkeypatch, capsys):
+    """It is told who holds it, before anything is loaded; and a manifest's shard lies in the folder."""
+    monkeypatch.setattr(prepare, "read_video", read_number)
+    folder = tmp_path / "videos"
+    clips_of_videos(folder)
+    command = ["--preset", "tiny", "--init", tmp_path, "--videos", folder, "--data", folder / "out",
+               "--negative", ""]
+    with open(folder / "out" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print("process 7", file=lock, flush=True)
+        with pytest.raises(SystemExit, match="out is in use by process 7"):
+            prepare.main([*map(str, command)])
+    write = (folder / "out" / "manifest-000.jsonl").write_text
+    write(json.dumps({"video": "0.mp4", "rank": 0, "shard": "../../x.safetensors", "row": 0}))
+    with pytest.raises(ValueError, match="expected 000-000000.safetensors"):
+        clips_of_videos(folder)
 
 
 def test_clip_that_is_not_finite_is_named(tmp_path):
