@@ -568,7 +568,7 @@ class Wan(nn.Module):
                 raise ValueError(f"kind is {kind!r} for {folder} of kind {config.kind}, expected a student's")
             missing = new.keys() - config.to_dict().keys()
             config = replace(config, kind=kind, **{key: new[key] for key in missing})
-        state = files.read_weights(folder)
+        state = files.read_weights(folder, config.num_layers)
         if kind == "anyflow":
             state = {name: p for name, p in state.items() if not name.startswith("far_patch_embedding.")}
         files.complete_student(state, config)

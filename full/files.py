@@ -89,21 +89,24 @@ def read_tensors(path, *names):
             raise ValueError(f"{path} has {', '.join(tensors) or 'nothing'}, expected a tensor {name!r}")
     return tensors
 
-def read_weights(folder):
-    """{name: tensor} of a folder's safetensors, one file or the shards that its index lists."""
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.exists():
-        return read_tensors(folder / WEIGHTS)
-    listed = read_json(index)
-    if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
-        raise ValueError(f"{index} has no weight_map")
-    state = {}
-    for name in sorted(set(map(str, listed["weight_map"].values()))):
+def read_weights(folder, layers):
+    """{name: tensor} of a folder's safetensors, one file or the shards that its index lists. ValueError where
+    they have not so many layers, before a network is built that may be of any depth."""
+    index, state, files = folder / f"{WEIGHTS}.index.json", {}, [WEIGHTS]
+    if os.path.lexists(index):
+        listed = read_json(index)
+        if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
+            raise ValueError(f"{index} has no weight_map")
+        files = sorted(set(map(str, listed["weight_map"].values())))
+    for name in files:
         if Path(name).name != name:
             raise ValueError(f"{index} lists the file {name!r}, expected a name without a folder")
-        if not (folder / name).exists():
-            raise ValueError(f"no file {folder / name}, which {index.name} lists")
+        if not (folder / name).is_file():
+            raise ValueError(f"no file {folder / name}" + f", which {index.name} lists" * (name != WEIGHTS))
         state |= read_tensors(folder / name)
+    found = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    if found != layers:
+        raise ValueError(f"{folder} has weights of {found} layers, expected {layers} as in its config.json")
     return state
 
 def take_weights(model, state, where):

@@ -328,6 +328,17 @@ def test_index_of_weights_stays_in_its_folder(made, tmp_path):
             Wan.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("layers", [1, 3, 1000, 10**5, 10**9])
+def test_number_of_layers_is_held_against_the_weights_before_a_network_is_built(layers, made, tmp_path,
+                                                                                monkeypatch):
+    folder = shutil.copytree(made, tmp_path / "model", ignore=lambda *_: ["checkpoints"])
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"num_layers": layers})
+    monkeypatch.setattr(Wan, "__init__", lambda *_: pytest.fail("it is built"))
+    words = "in .1, 1000" if layers > 1000 else f"weights of 4 layers, expected {layers} as in"
+    with pytest.raises(ValueError, match=f"{folder}.*{words}"):
+        Wan.from_pretrained(folder)
+
+
 def test_files_are_not_written_through_a_planted_link(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("mine")
