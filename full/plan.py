@@ -271,10 +271,17 @@ def cost_of_training(stage, recipe, config, shape, gpus, per_node=8):
     causal, most, window = config.kind == "causal", len(config.chunk_partition), config.full_chunk_limit
 
     def step(stage, chunks=None, place=busiest, steps=1, depths=(1, 2, 3), **changes):
-        """FLOPs and peak of a step with so many chunks."""
-        changed = replace(recipe, **no_cost | {"bidirectional": 0.0} | changes)
-        runs = [steps_on_meta(stage, changed, config, shape, n, steps, place, chunks) for n in depths]
-        return at_depth(config.num_layers, *runs)
+        """FLOPs and peak of a step with so many chunks. Updates of the fake score are alike: one counts."""
+        def run(steps, depths, **few):
+            changed = replace(recipe, **no_cost | {"bidirectional": 0.0} | changes | few)
+            runs = [steps_on_meta(stage, changed, config, shape, n, steps, place, chunks) for n in depths]
+            return at_depth(config.num_layers, *runs)
+
+        if stage != "onpolicy" or recipe.fake_steps <= 2:
+            return run(steps, depths)
+        one, more = (run(1, (1, 2), fake_steps=n, grad_chunks=0)[0] for n in (1, 1 + steps))
+        flops, peak = run(steps, depths, fake_steps=2)
+        return flops + (recipe.fake_steps - 2) * (more - one) / steps, peak
 
     def mean_step(stage, whole_clips):
         """FLOPs over the numbers of chunks that `Clips` draws, anchors and jumps; the highest peak.
@@ -380,7 +387,8 @@ def print_plan(name, machine, given):
         print(f"{form:23}{(parts['weights'] + parts['optimiser']) / 2**30:8.4g}")
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m full.plan", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m full.plan", description=__doc__.split("\n\n")[0],
+                                     allow_abbrev=False)  # --data is train.py's, not --data-anchors
     parser.add_argument("--preset", choices=NAMES, required=True)
     add_options(parser.add_argument_group("machine"), Machine, {})
     add_options(parser.add_argument_group("recipe", "of every stage, in place of the preset's"), Recipe, None)

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from test_train import Codec, refused, run, weights
 
 import sample
-from full import checkpoint, prepare
-from full.data import Shards
+import train
+from full import checkpoint, plan, prepare
+from full.data import Shards, preset
 from full.files import WEIGHTS, read_json, write_json
 from model import Wan
 from toy.video import STORY, write_shards
@@ -392,3 +393,30 @@ def test_fifos_are_refused(option, made, tmp_path, capsys):
 
 def test_central_difference_stays_within_the_time_axis(tmp_path):
     assert "eps is 10.0" in refused("flowmap", *TINY[1:], "--eps", "10", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("rollout", ["flowmap", "consistency"])
+def test_plan_counts_one_of_a_hundred_thousand_updates(rollout, monkeypatch):
+    asked = []
+
+    def counted(stage, recipe, config, shape, layers, steps, *_):
+        updates = recipe.fake_steps * (stage == "onpolicy")
+        asked.append(updates)
+        return steps * [(layers * (50 + 7 * updates), [layers])]
+
+    monkeypatch.setattr(plan, "steps_on_meta", counted)
+    (config, shape), flops = preset("tiny"), {}
+    for n in (1, 2, 100_000):
+        recipe = train.recipe_of("tiny", "onpolicy", dict(rollout=rollout, fake_steps=n))
+        flops[n], _ = plan.cost_of_training("onpolicy", recipe, config, shape, 1)
+    assert max(asked) < 10 and flops[2] - flops[1] == 7 * config.num_layers
+    assert flops[100_000] == pytest.approx(flops[1] + 99_999 * (flops[2] - flops[1]))
+
+
+@pytest.mark.parametrize("options", [
+    ["--resume"], ["--init", "x"], ["--data", "true"], ["--teacher", "5"], ["--out", "x"], ["--seed", "1"]])
+def test_plan_refuses_what_it_would_not_use(options, capsys):
+    with pytest.raises(SystemExit) as error:
+        plan.main(["--preset", "tiny", "--gpus", "1", *options])
+    assert error.value.code == 2
+    assert f"unrecognized arguments: {options[0]}" in capsys.readouterr().err.splitlines()[-1]
