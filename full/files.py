@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from full.options import check, option
+from full.options import check, option, reason
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STAGES = ("teacher", "flowmap", "onpolicy", "consistency")
@@ -21,15 +21,17 @@ STAGES = ("teacher", "flowmap", "onpolicy", "consistency")
 def write(path, save):
     """save(temporary path), then rename: nobody finds half a file, and an old one stays if this one fails.
 
-    Nobody can guess the temporary name and plant a link there."""
+    Nobody can guess the temporary name and plant a link there. OSError names the file."""
     path = Path(path)
     part = path.with_name(f".{secrets.token_hex(8)}.part{path.suffix}")
-    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         save(part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or reason(error)}") from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -4,12 +4,14 @@ import fcntl
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from full import checkpoint, plan, prepare
 from full.data import Shards, preset
 from full.files import WEIGHTS, read_json, write_json
 from model import Wan
+from toy import flow2d, page, video
 from toy.video import STORY, write_shards
 from toy.world import World
 
@@ -420,3 +423,48 @@ def test_plan_refuses_what_it_would_not_use(options, capsys):
         plan.main(["--preset", "tiny", "--gpus", "1", *options])
     assert error.value.code == 2
     assert f"unrecognized arguments: {options[0]}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def full_disk():
+    """No file grows beyond 500 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+NAMES = "results.json", "explore.html", "null.safetensors"
+
+
+def write_briefly(name, folder, monkeypatch):
+    """The sentence with which the toy's command ends that writes a file of that name, without its work."""
+    scores = {key: 7 * [0.5] for key in ("swd", "path_error", "budget_drift")}
+    ruler = SimpleNamespace(floor=0.1, floor_ode=0.1, measure=lambda *_: (scores, None, None))
+    monkeypatch.setattr(flow2d, "trained", lambda *_: [({"teacher": None}, {"teacher": 1.0}, ruler)])
+    monkeypatch.setattr(flow2d.plots, "judge", lambda _: [])
+    monkeypatch.setattr(page, "trained", lambda *_: {})
+    monkeypatch.setattr(page, "page", lambda _: 5000 * "x")
+    command, *options = {"results.json": (flow2d, "--out", folder),
+                         "explore.html": (page, "--out", folder / name),
+                         "null.safetensors": (video, "--clips", 8, "--write-shards", folder)}[name]
+    with pytest.raises(SystemExit) as error:
+        command.main([str(option) for option in options])
+    assert not list(folder.glob(".*.part*")) and len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_full_disk_is_told_and_loses_nothing(name, tmp_path, monkeypatch, full_disk):
+    old = tmp_path / name[:12]  # shards are never written over
+    old.write_text("old")
+    said = write_briefly(name, tmp_path, monkeypatch)
+    assert f"cannot write {tmp_path / name}: " in said and "File too large" in said
+    assert old.read_text() == "old"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folder_in_the_place_of_a_file_is_told(name, tmp_path, monkeypatch):
+    (tmp_path / name / "old").mkdir(parents=True)
+    assert str(tmp_path) in write_briefly(name, tmp_path, monkeypatch)
+    assert (tmp_path / name / "old").exists()
