@@ -4,6 +4,7 @@ import os
 import re
 import warnings
 from collections import defaultdict
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from full.lora import BODY, STUDENT, LoRALinear, add_lora
 from full.options import device_of, end_with_parent
 
 TRAINED = ("student", "fake")
+PATIENCE = timedelta(minutes=10)  # for all processes to begin
 
 # One process needs no group to save a checkpoint; and nothing here writes into a block's output.
 HARMLESS = "torch.distributed is disabled|FSDP2-wrapped module .* returned a view"
@@ -31,7 +33,8 @@ def start_processes(device, dtype):
         if not 0 <= rank < world:
             raise ValueError(f"RANK is {rank}, expected 0 to {world - 1} for WORLD_SIZE {world}")
         end_with_parent()
-        dist.init_process_group(backend)
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     elif dtype != "float32":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if device.type == "cuda":

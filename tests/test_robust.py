@@ -4,12 +4,14 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,7 @@ from test_train import Codec, refused, run, weights
 
 import sample
 import train
-from full import checkpoint, plan, prepare
+from full import checkpoint, parallel, plan, prepare
 from full.data import Shards, preset
 from full.files import WEIGHTS, read_json, write_json
 from model import Wan
@@ -149,22 +151,39 @@ def test_second_run_on_a_folder_is_told_who_holds_it_and_sigterm_saves(tmp_path)
     assert not list((folder / "checkpoints").glob(".*"))
 
 
-def test_ranks_end_with_torchrun(tmp_path):
-    """Ranks whose torchrun is killed save and end."""
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_two_processes_agree_on_the_step_that_they_save(how, tmp_path, monkeypatch):
+    """Whether torchrun is asked to end or killed: its ranks save one step and end, and --resume goes on."""
     folder = tmp_path / "out"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    saved = lambda: list(folder.glob("checkpoints/step-*"))
-    process = began(*launch, *LONG, "1", "--out", folder, until=saved)
+    saved = lambda: [int(path.name[5:]) for path in folder.glob("checkpoints/step-*")]
+    process = began(*launch, *LONG, "5", "--out", folder, until=saved)
     listed = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
     children = subprocess.run(listed, capture_output=True, text=True)
-    pids = [int(pid) for pid in children.stdout.split()]
-    process.kill(), process.wait()
-    deadline = time.time() + 30
+    process.send_signal(how)
+    said = process.communicate(timeout=60)[1]  # until the ranks, too, have ended
+    steps = re.findall("SIGTERM: saved step ([0-9]+)", said)
+    assert steps == 2 * [str(max(saved()))] and rows(folder) == max(saved())
+    assert not list(folder.glob("checkpoints/.*"))
     alive = lambda pid: Path(f"/proc/{pid}").exists() and ") Z" not in Path(f"/proc/{pid}/stat").read_text()
-    while any(alive(pid) for pid in pids):
+    pids, deadline = children.stdout.split(), time.time() + 30
+    while any(map(alive, pids)):
         assert time.time() < deadline
         time.sleep(0.1)
-    assert len(pids) >= 2 and saved() and not list(folder.glob("checkpoints/.*"))
+    monkeypatch.setattr(checkpoint.Stop, "__bool__", lambda _: True)  # after one step more
+    assert f"saved step {int(steps[0]) + 1} " in refused(*LONG[1:], "5", "--out", folder, "--resume")
+    assert len(pids) >= 2
+
+
+def test_process_whose_others_do_not_come_ends(monkeypatch):
+    """Not after half an hour; with how many were found."""
+    known = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"}
+    for key, value in known.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(parallel, "end_with_parent", lambda: None)
+    monkeypatch.setattr(parallel, "PATIENCE", timedelta(seconds=2))
+    with pytest.raises(RuntimeError, match="1/2 clients joined"):
+        parallel.start_processes("cpu", "float32")
 
 
 def test_nothing_writes_into_a_folder_that_it_reads(made, tmp_path):
