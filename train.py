@@ -34,7 +34,7 @@ import sample
 from full.checkpoint import Run, Stop
 from full.compile import what_needs_less
 from full.data import NAMES, Shards, preset
-from full.files import STAGES, hold, read_lines, write
+from full.files import STAGES, hold, read_lines, read_log, write
 from full.folders import base_of, from_folders, networks
 from full.hub import find
 from full.options import add_options, check, command, nonempty, option, positive
@@ -448,7 +448,7 @@ def run_stage(args):
         raise ValueError(f"{args.out} holds an earlier run or a model, expected --resume or another --out")
     log = args.out / "log.jsonl"
     if main_process():
-        kept = read_lines(log)[: run.step] if args.resume and log.exists() else []
+        kept = read_log(log, run.step) if args.resume else []
         write(log, lambda part: part.write_text("".join(f"{json.dumps(row)}\n" for row in kept)))
     clips = Clips(data, recipe, nets["student"].config, shape, device, args.seed, place())
     bar = tqdm(total=recipe.steps, initial=run.step, desc=f"{args.preset} {args.stage}", mininterval=1,

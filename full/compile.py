@@ -25,8 +25,7 @@ ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for 
 ATTENTION.append(torch.ops.higher_order.flex_attention)
 
 def keep_attention(context, op, q=None, k=None, *args, **kwargs):
-    """Keep self-attention, which has at least as many keys as queries; a prompt has fewer. Recompute the
-    rest."""
+    """Keep self-attention, with at least as many keys as queries, unlike a prompt's; recompute the rest."""
     to_itself = op in ATTENTION and q.shape[2] <= k.shape[2]
     return CheckpointPolicy.MUST_SAVE if to_itself else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
-from full.files import read_tensors
+from full.files import open_tensors, read_tensors
 from model import PRESETS
 
 CAUSAL_TINY = dict(compressed_patch_size=(1, 12, 12), chunk_partition=(1, 2, 2, 2, 2))  # a frame in one patch
@@ -18,26 +17,19 @@ NAMES = [*PRESETS, *(f"{name}-causal" for name in PRESETS)]
 def preset(name):
     """WanConfig, causal if the name says so, and the shape (F, C, H, W) of a clip's latents."""
     size, causal = name.removesuffix("-causal"), name.endswith("-causal")
-    config = replace(PRESETS[size], kind="causal" if causal else "anyflow")
-    if size == "tiny":
-        config = replace(config, **CAUSAL_TINY)
+    more = CAUSAL_TINY if size == "tiny" else {}
+    config = replace(PRESETS[size], kind="causal" if causal else "anyflow", **more)
     frames, height, width = (9, 12, 12) if size == "tiny" else (21, 60, 104)
     return config, (frames, config.in_channels, height, width)
 
-def clips_in(path, shape, text):
-    """How many clips a shard has, latents (n, *shape) and text (n, *text). ValueError for what is none, cut,
-    or of other sizes."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no file")
-    try:
-        with safe_open(path, "pt") as file:
-            sizes = [tuple(file.get_slice(key).get_shape()) for key in ("latents", "text")]
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if sizes[0][1:] != shape or sizes[1] != (*sizes[0][:1], *text):
+def open_shard(path, shape, text):
+    """A shard, and how many clips it has, latents (n, *shape) and text (n, *text). ValueError for none."""
+    file = open_tensors(path, "latents", "text")
+    x, y = (tuple(file.get_slice(key).get_shape()) for key in ("latents", "text"))
+    if x[1:] != shape or y != (*x[:1], *text):
         wanted = f"(n, {', '.join(map(str, shape))}) and (n, {', '.join(map(str, text))})"
-        raise ValueError(f"{path}: latents {sizes[0]} and text {sizes[1]}, expected {wanted}")
-    return sizes[0][0]
+        raise ValueError(f"{path}: latents {x} and text {y}, expected {wanted}")
+    return file, x[0]
 
 class Shards:
     """A folder of safetensors files, each with `latents` (n, F, C, H, W) and `text` (n, L, text_dim) of n
@@ -54,11 +46,9 @@ class Shards:
         if self.null.shape != (1, *text) or not self.null.isfinite().all():
             found = f"{folder / 'null.safetensors'} has text {tuple(self.null.shape)}"
             raise ValueError(f"{found}, expected finite numbers (1, L, {text_dim})")
-        for path in sorted(folder.glob("*.safetensors")):
-            if path.name == "null.safetensors" or path.name[0] == ".":
-                continue
+        for path in sorted({*folder.glob("[!.]*.safetensors")} - {folder / "null.safetensors"}):
             try:
-                count, length, file = clips_in(path, shape, text), path.stat().st_size, safe_open(path, "pt")
+                (file, count), length = open_shard(path, shape, text), path.stat().st_size
                 self.clips += [(file, path, length, i) for i in range(count)]
                 self.bytes += length
             except (ValueError, OSError) as error:

@@ -5,13 +5,13 @@ import json
 import os
 import secrets
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from full.options import check, option, reason
 
@@ -20,11 +20,11 @@ STAGES = ("teacher", "flowmap", "onpolicy", "consistency")
 
 def write(path, save):
     """save(temporary path), then rename: nobody finds half a file, and an old one stays if this one fails.
-
     Nobody can guess the temporary name and plant a link there. OSError names the file."""
     path = Path(path)
     part = path.with_name(f".{secrets.token_hex(8)}.part{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         save(part)
         with open(part, "rb") as file:
@@ -33,7 +33,8 @@ def write(path, save):
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or reason(error)}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 HELD = {}  # {folder: its lock file}, open until this process ends, however it does
 
@@ -61,35 +62,46 @@ def hold(folder, *read):
 def write_json(path, value):
     write(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
 
-def read_json(path):
+def read_text(path, read, wrong):
+    """read(the text of a file). ValueError says what is wrong with it."""
     if not path.is_file():
         raise ValueError(f"no file {path}")
     try:
-        return json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        return read(path.read_text("utf-8-sig"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} {wrong}: {error}") from None
+
+def read_json(path):
+    return read_text(path, json.loads, "is no JSON")
 
 def read_lines(path):
     """The objects of a file with one in each line, as JSON."""
-    if not path.is_file():
-        raise ValueError(f"no file {path}")
-    try:
-        return [dict(json.loads(line)) for line in path.read_text().splitlines()]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} has a line that is no JSON object: {error}") from None
+    objects = lambda text: [dict(json.loads(line)) for line in text.splitlines()]
+    return read_text(path, objects, "has a line that is no JSON object")
 
-def read_tensors(path, *names):
-    """The tensors of a safetensors file; ValueError names the file and what of `names` it lacks."""
+def read_log(path, step):
+    """The lines of a log up to a step; none where there is no file. ValueError where it ends before."""
+    rows = read_lines(path) if os.path.lexists(path) else []
+    if os.path.lexists(path) and not any(row.get("step") in (step, step + 1) for row in rows):
+        raise ValueError(f"{path} does not go to step {step} as the checkpoint, expected that or no file")
+    return [row for row in rows if row.get("step") in range(1, step + 1)]
+
+def open_tensors(path, *names):
+    """A safetensors file; ValueError names the file and what of `names` it lacks."""
     if not Path(path).is_file():
         raise ValueError(f"no file {path}")
     try:
-        tensors = load_file(path)
+        file = safe_open(path, "pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from None
     for name in names:
-        if name not in tensors:
-            raise ValueError(f"{path} has {', '.join(tensors) or 'nothing'}, expected a tensor {name!r}")
-    return tensors
+        if name not in file.keys():
+            raise ValueError(f"{path} has {', '.join(file.keys()) or 'nothing'}, expected a tensor {name!r}")
+    return file
+
+def read_tensors(path, *names):
+    file = open_tensors(path, *names)
+    return {name: file.get_tensor(name) for name in file.keys()}
 
 def read_weights(folder, layers):
     """{name: tensor} of a folder's safetensors, one file or the shards that its index lists. ValueError where
@@ -162,5 +174,5 @@ class Provenance:
 def provenance(folder):
     """All of a folder's anyflow.json, as a dict; empty for a published folder."""
     path = Path(folder) / "anyflow.json"
-    made = read_json(path) if path.exists() else {}
+    made = read_json(path) if os.path.lexists(path) else {}
     return made | check(Provenance, made, path)

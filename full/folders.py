@@ -16,6 +16,8 @@ from model import Wan
 BEFORE = {"teacher": ("teacher",), "flowmap": ("teacher", "flowmap", "onpolicy"),
           "onpolicy": ("flowmap", "onpolicy"), "consistency": ("teacher",)}
 
+CAUSAL = "compressed_patch_size", "full_chunk_limit", "chunk_partition"  # which a teacher's folder lacks
+
 def networks(stage, recipe, baseline, make):
     """{role: make(role)} for the networks of a stage; baseline: whether it is one of consistency.
 
@@ -31,8 +33,8 @@ def load(folder, option, config, kind, stages):
     """A model folder, checked to have the preset's architecture and to come from one of the stages."""
     if folder is None:
         raise ValueError(f"{option} is missing, expected a model folder of stage {' or '.join(stages)}")
-    keys = ("compressed_patch_size", "full_chunk_limit", "chunk_partition") if kind == "causal" else ()
-    model = Wan.from_pretrained(folder, kind, **{key: getattr(config, key) for key in keys})
+    keys = {key: getattr(config, key) for key in CAUSAL if kind == "causal"}
+    model = Wan.from_pretrained(folder, kind, **keys)
     for key, wanted in asdict(config).items():
         found = getattr(model.config, key)
         if found != wanted and key in model.config.to_dict() and key != "rope_max_seq_len":
@@ -72,10 +74,8 @@ def from_folders(stage, recipe, args, config, baseline):
 
     @functools.cache
     def base_weights(config):
-        return Wan.from_pretrained(base, config.kind if config.kind != "teacher" else None,
-                                   compressed_patch_size=config.compressed_patch_size,
-                                   full_chunk_limit=config.full_chunk_limit,
-                                   chunk_partition=config.chunk_partition).state_dict()
+        kind = config.kind if config.kind != "teacher" else None
+        return Wan.from_pretrained(base, kind, **{key: getattr(config, key) for key in CAUSAL}).state_dict()
 
     def frozen_or_fake(role):
         option, folder = "--teacher", args.teacher or (args.init if stage != "onpolicy" else None)

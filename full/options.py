@@ -47,10 +47,10 @@ def fits(f, value):
                        and limits.get("low", x) <= x <= limits.get("high", x)
                        and ("above" not in limits or x > limits["above"])
                        and ("below" not in limits or x < limits["below"]))
-    if "form" in limits and re.sub("[0-9]", "0", value) != limits["form"]:
-        return False
+    form = re.sub("[0-9]", "0", value) if "form" in limits else None
     long = f.type is not tuple or len(value) == limits.get("length", len(value)) > 0
-    return long and all(map(right, numbers)) and value in limits.get("choices", (value,))
+    chosen = value in limits.get("choices", (value,)) and form == limits.get("form")
+    return chosen and long and all(map(right, numbers))
 
 def check(declaration, given, where=""):
     """The values {name: value} that a declaration names, lists as tuples. ValueError for a wrong one."""

@@ -18,7 +18,6 @@ from full.lora import BODY, STUDENT, LoRALinear, add_lora
 from full.options import device_of, end_with_parent
 
 TRAINED = ("student", "fake")
-PATIENCE = timedelta(minutes=10)  # for all processes to begin
 
 # One process needs no group to save a checkpoint; and nothing here writes into a block's output.
 HARMLESS = "torch.distributed is disabled|FSDP2-wrapped module .* returned a view"
@@ -33,7 +32,7 @@ def start_processes(device, dtype):
         if not 0 <= rank < world:
             raise ValueError(f"RANK is {rank}, expected 0 to {world - 1} for WORLD_SIZE {world}")
         end_with_parent()
-        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     elif dtype != "float32":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -125,14 +124,12 @@ def shard(model, recipe, device, mesh):
         register_fsdp_forward_method(model, "extend")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One frozen network for all
+# ---- One frozen network for all ----------------------------------------------------------------------------
 #
 # The release keeps three whole models in stage 2. But all of them are raw Wan with a LoRA,
 #     judge = Wan + teacher's LoRA       fake score = Wan + LoRA       student = Wan + LoRA
 # where the fake score's goes on from the teacher's, the student's from stage 1's: one frozen base serves all.
 # Every network keeps its own modules; the base's weights are shared.
-# ------------------------------------------------------------------------------------------------------------
 
 def holder_of(nets):
     """Whose frozen weights the others share: the judge's, or the teacher's, or nobody's."""

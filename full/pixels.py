@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
-from full.files import read_json, read_tensors, write
+from full.files import read_json, read_tensors, read_text, write
 from full.options import check, option, reason
 
 FPS = 16  # of Wan
@@ -78,7 +78,7 @@ class Published:
     def shift(self):
         """Of the sampling times."""
         path = Path(self.folder) / "scheduler" / "scheduler_config.json"
-        known = check(Scheduler, read_json(path), path) if path.exists() else {}
+        known = check(Scheduler, read_json(path), path) if path.parent.is_dir() else {}
         return known.get("shift") or known.get("flow_shift") or 5.0
 
     def read_prompts(self, prompts, dtype):
@@ -112,8 +112,7 @@ def clean_prompt(prompt):
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
 
 class TextEncoder:
-    """Prompts -> embeddings (n, 512, text_dim), zero behind a prompt's end: the folder's tokenizer and
-    UMT5."""
+    """Prompts -> embeddings (n, 512, text_dim), zero behind a prompt's end, of the folder's UMT5."""
 
     def __init__(self, folder, device="cpu", dtype=torch.float32):
         folders = part_of(folder, "tokenizer"), part_of(folder, "text_encoder")
@@ -258,29 +257,20 @@ def write_contact_sheet(frames, path, most=9):
     pyplot.close(figure)
 
 def save(stem, formats, latents, pixels, fps):
-    """Files stem + ending, written beside, then renamed: latents (B, F, C, H, W), pixels uint8 (F, H, W,
-    3)."""
+    """Files stem + ending: latents (B, F, C, H, W), pixels uint8 (F, H, W, 3)."""
     savers = {
         ".safetensors": lambda part: save_file({"latents": latents.contiguous()}, part),
         ".gif": lambda part: write_gif(pixels, part, fps),
         ".png": lambda part: write_contact_sheet(pixels, part),
         ".mp4": lambda part: write_mp4(pixels, part, fps),
     }
-    stem.parent.mkdir(parents=True, exist_ok=True)
     for ending in formats:
         write(f"{stem}{ending}", savers[ending])
     return ", ".join(f"{stem}{ending}" for ending in formats)
 
 def text_of(option):
     """A prompt as given on a command line, or the text of FILE for @FILE."""
-    if not option.startswith("@"):
-        return option
-    if not Path(option[1:]).is_file():
-        raise ValueError(f"{option}: the file cannot be read: it is no file")
-    try:
-        return Path(option[1:]).read_text("utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option}: the file cannot be read: {reason(error)}") from None
+    return read_text(Path(option[1:]), str.strip, "is no text") if option.startswith("@") else option
 
 @dataclass(frozen=True)
 class Prompt:
@@ -298,10 +288,8 @@ def read_prompts(path):
         raise ValueError(f"--prompts {path} has no prompt, expected one in each line")
     if not re.match(r"\[?\s*\{", text):
         return {line: line for line in lines}
-    try:
-        rows = json.loads(text) if text[0] == "[" else [json.loads(line) for line in lines]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--prompts {path} is no JSON: {reason(error)}") from None
+    parse = lambda _: json.loads(text) if text[0] == "[" else [json.loads(line) for line in lines]
+    rows = read_text(Path(path), parse, "is no JSON")
     rows = [check(Prompt, row, f"--prompts {path}, prompt {i}") for i, row in enumerate(rows, 1)]
     return {row["prompt_en"]: row["aug_prompt_en"] for row in rows}
 

@@ -261,7 +261,6 @@ CARDS = (24, 80, 141)  # GiB, as their makers round it
 
 def cost_of_training(stage, recipe, config, shape, gpus, per_node=8):
     """FLOPs of a mean step on one GPU, the one with most to do, and {part: bytes} of its memory at most."""
-
     # The last GPU has a jump to differentiate. One alone with one clip has it in some steps.
     busiest, places = (gpus - 1, gpus), {(gpus - 1, gpus): 1.0}
     if recipe.batch == 1:
@@ -272,16 +271,14 @@ def cost_of_training(stage, recipe, config, shape, gpus, per_node=8):
 
     def step(stage, chunks=None, place=busiest, steps=1, depths=(1, 2, 3), **changes):
         """FLOPs and peak of a step with so many chunks. Updates of the fake score are alike: one counts."""
-        def run(steps, depths, **few):
-            changed = replace(recipe, **no_cost | {"bidirectional": 0.0} | changes | few)
-            runs = [steps_on_meta(stage, changed, config, shape, n, steps, place, chunks) for n in depths]
-            return at_depth(config.num_layers, *runs)
-
-        if stage != "onpolicy" or recipe.fake_steps <= 2:
-            return run(steps, depths)
-        one, more = (run(1, (1, 2), fake_steps=n, grad_chunks=0)[0] for n in (1, 1 + steps))
-        flops, peak = run(steps, depths, fake_steps=2)
-        return flops + (recipe.fake_steps - 2) * (more - one) / steps, peak
+        if stage == "onpolicy" and recipe.fake_steps > 2 and "fake_steps" not in changes:
+            few = functools.partial(step, stage, chunks, place, **changes)
+            flops, peak = few(steps, depths, fake_steps=2)
+            one, more = (few(1, (1, 2), fake_steps=n, grad_chunks=0)[0] for n in (1, 1 + steps))
+            return flops + (recipe.fake_steps - 2) * (more - one) / steps, peak
+        changed = replace(recipe, **no_cost | {"bidirectional": 0.0} | changes)
+        runs = [steps_on_meta(stage, changed, config, shape, n, steps, place, chunks) for n in depths]
+        return at_depth(config.num_layers, *runs)
 
     def mean_step(stage, whole_clips):
         """FLOPs over the numbers of chunks that `Clips` draws, anchors and jumps; the highest peak.

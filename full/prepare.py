@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from full.data import NAMES, clips_in, preset
+from full.data import NAMES, open_shard, preset
 from full.files import hold, read_json, read_lines, write, write_json
 from full.hub import find
 from full.options import check, command, device_of, option, positive
@@ -36,20 +36,21 @@ class Row:
     error: str = option(None)
 
 def read_manifests(folder, shape, text, rank, world):
-    """The rows of all processes' manifests, and of these whose clip is in its shard: what failed may have
-    been mended since. A bad shard, or one in no manifest, is set aside by one of the processes."""
+    """The rows of all manifests whose clip is in its shard: what failed may have been mended since.
+    A bad shard, or one in no manifest, is set aside by one of the processes."""
     paths = sorted(folder.glob("manifest-*.jsonl"))
     rows, clips = [check(Row, row, path) for path in paths for row in read_lines(path)], {}
+    listed = {row.get("shard") for row in rows}
     for path in sorted(folder.glob("[0-9]*-[0-9]*.safetensors")):
         try:
-            if path.name not in {row.get("shard") for row in rows}:
+            if path.name not in listed:
                 raise ValueError(f"{path}: in no manifest")
-            clips[path.name] = clips_in(path, shape, text)
+            clips[path.name] = open_shard(path, shape, text)[1]
         except (ValueError, OSError) as error:
             if int(path.name.partition("-")[0]) % world == rank:
                 print(f"{error}; set aside as {path.name}.damaged, to be made again", file=sys.stderr)
                 os.replace(path, f"{path}.damaged")
-    return rows, [row for row in rows if row.get("row", 0) < clips.get(row.get("shard"), 0)]
+    return [row for row in rows if row.get("row", 0) < clips.get(row.get("shard"), 0)]
 
 def prepare(videos, folder, shape, text_dim, encode, vae, negative="", size=32, rank=0, world=1):
     """Every video below a folder, with its caption in a .txt of the same name, to shards: (clips, bad files).
@@ -57,21 +58,18 @@ def prepare(videos, folder, shape, text_dim, encode, vae, negative="", size=32, 
     The first frames of each, of another aspect the middle. shape: (F, C, H, W) of the latents. encode, vae:
     of `full.pixels`. negative: the null prompt's text. manifest-RANK.jsonl names the shard and row of each
     video, or why it was skipped; what lies in a shard is not encoded again. Latents and text are bfloat16.
-    Raises ValueError.
     """
     files = sorted(p for p in Path(videos).rglob("*") if p.suffix.lower() in VIDEOS)
     if not files:
         raise ValueError(f"no videos in {videos}, expected files {', '.join(VIDEOS)}")
     frames, _, height, width = shape
     pixels = (frames - 1) * vae.stride[0] + 1, height * vae.stride[1], width * vae.stride[1]
-    folder.mkdir(parents=True, exist_ok=True)
     null = encode([negative]).bfloat16()
     if null.shape[2] != text_dim:
         raise ValueError(f"the text encoder is {null.shape[2]} wide, expected {text_dim} for the preset")
-    listed, known = read_manifests(folder, shape, tuple(null.shape[1:]), rank, world)
+    known = read_manifests(folder, shape, tuple(null.shape[1:]), rank, world)
     seen, rows = {row["video"] for row in known}, [row for row in known if row["rank"] == rank]
-    numbers = [int(row["shard"][4:10]) for row in listed if "shard" in row and row["rank"] == rank]
-    shards = 1 + max(numbers, default=-1)
+    shards = 1 + max((int(path.name[4:10]) for path in folder.glob(f"{rank:03}-{6 * '[0-9]'}.*")), default=-1)
     clips = []  # encoded, of the next shard: latents, text, row of the manifest
 
     def flush():

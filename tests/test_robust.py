@@ -24,7 +24,8 @@ import sample
 import train
 from full import checkpoint, parallel, plan, prepare
 from full.data import Shards, preset
-from full.files import WEIGHTS, read_json, write_json
+from full.files import WEIGHTS, provenance, read_json, read_log, write_json
+from full.pixels import Published
 from model import Wan
 from toy import flow2d, page, video
 from toy.video import STORY, write_shards
@@ -181,7 +182,7 @@ def test_process_whose_others_do_not_come_ends(monkeypatch):
     for key, value in known.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(parallel, "end_with_parent", lambda: None)
-    monkeypatch.setattr(parallel, "PATIENCE", timedelta(seconds=2))
+    monkeypatch.setattr(parallel, "timedelta", lambda minutes: timedelta(seconds=2))
     with pytest.raises(RuntimeError, match="1/2 clients joined"):
         parallel.start_processes("cpu", "float32")
 
@@ -311,11 +312,38 @@ def test_clip_that_is_not_finite_is_named(tmp_path):
     assert f"clip 3 of {path} is not finite" in message
 
 
-def test_corrupt_log_is_told_before_the_training(kept):
+@pytest.mark.parametrize("spoil, words", [
+    (lambda log: log.write_text("{\n"), "has a line that is no JSON"),
+    (lambda log: log.write_text(""), "does not go to step 1"),
+    (lambda log: log.write_text(re.sub('"step": (.)', r'"step": "\1"', log.read_text())), "does not go to"),
+    (lambda log: (log.unlink(), log.symlink_to(log.name)), "no file")],
+    ids=["corrupt", "empty", "text", "a link in a circle"])
+def test_corrupt_log_is_told_before_the_training(spoil, words, kept):
     shutil.rmtree(kept / "checkpoints" / "step-0000002")
-    (kept / "log.jsonl").write_text("{\n")
-    assert "log.jsonl has a line that is no JSON" in refused(*TINY, "--out", kept, "--resume")
+    spoil(kept / "log.jsonl")
+    said = refused(*TINY, "--out", kept, "--resume")
+    assert str(kept / "log.jsonl") in said and words in said
     assert not (kept / "checkpoints" / "step-0000002").exists()
+
+
+def test_log_begins_anew_where_it_was_removed(tmp_path):
+    """And is then cut back to the checkpoint, as a whole one."""
+    log = tmp_path / "log.jsonl"
+    assert read_log(log, 7) == []
+    log.write_text("".join(f'{{"step": {i}}}\n' for i in range(8, 20)))
+    for step in (7, 12, 19):
+        assert read_log(log, step) == [{"step": i} for i in range(8, step + 1)]
+    for step in (6, 20):
+        with pytest.raises(ValueError, match=f"{log} does not go to step {step} "):
+            read_log(log, step)
+
+
+@pytest.mark.parametrize("name", ["anyflow.json", "scheduler/scheduler_config.json"])
+def test_link_in_a_circle_is_no_missing_file(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to((tmp_path / name).name)
+    with pytest.raises(ValueError, match=f"no file {tmp_path / name}"):
+        provenance(tmp_path), Published(tmp_path, "cpu").shift()
 
 
 def test_story_leaves_no_child(tmp_path):

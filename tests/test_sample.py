@@ -237,12 +237,12 @@ BAD = {
     "a column of numbers|prompt 2: prompt_en is 3, expected text": lambda f, t: [
         "--prompts", write(t / "p", json.dumps([ROWS[0], ROWS[1] | {"prompt_en": 3}])), "--out", t / "o"],
     "half a list|is no JSON": lambda f, t: ["--prompts", write(t / "p", '[{"prompt_en": '), "--out", t / "o"],
-    "no negative|the file cannot be read": lambda f, t: ["--negative", f"@{t / 'n'}", "--out", t / "a.gif"],
+    "no negative|no file": lambda f, t: ["--negative", f"@{t / 'n'}", "--out", t / "a.gif"],
     "no VAE|has no vae": lambda f, t: (shutil.rmtree(f / "vae"), ["--out", t / "a.gif"])[1],
     "no tokenizer|has no tokenizer": lambda f, t: (shutil.rmtree(f / "tokenizer"), ["--out", t / "a.gif"])[1],
     "no prompts|has no prompt, expected": lambda f, t: [
         "--prompts", write(t / "p.txt", "\n \n"), "--out", t / "o"],
-    "no file|cannot be read": lambda f, t: ["--prompts", t / "none", "--out", t / "o"],
+    "no file or folder|no file": lambda f, t: ["--prompts", t / "none", "--out", t / "o"],
     "empty prompt|--prompt is empty": lambda f, t: ["--prompt", " ", "--out", t / "a.gif"],
     "no image|is no image": lambda f, t: ["--image", write(t / "a.png", "?"), "--out", t / "a.gif"],
     "16 bits|mode I;16, expected 8 bits": lambda f, t: [

@@ -93,10 +93,7 @@ def parse(argv):
     return parser.parse_args(argv)
 
 def run(args):
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # or it fails before the training
     networks = {}
     for density, states in (map(load, args.results) if args.results else
                             ((name, trained(name, args.steps, args.seed)) for name in flow2d.DENSITIES)):

@@ -253,17 +253,14 @@ def write_shards(world, folder, clips, seed, size=1024):
     """Clips of a world in the format that `train.py --data` reads."""
     hold(folder)
     made, path = {"clips": clips, "seed": seed, "size": size, "world": str(world)}, folder / "made.json"
-    if path.exists() or any(folder.glob("*.safetensors")):
-        if not path.exists() or read_json(path) != made:
-            raise ValueError(f"{folder} holds other shards than {made}, expected a new folder")
+    if read_json(path) != made if path.exists() else any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds other shards than {made}, expected a new folder")
     write_json(path, made)
-    files = {"null": {"text": world.null}}
+    save = lambda name, tensors: write(folder / f"{name}.safetensors", functools.partial(save_file, tensors))
+    save("null", {"text": world.null})
     for first in tqdm(range(0, clips, size), desc="shards", disable=None):
         latents, text = world.batch(range(first, min(clips, first + size)), seed)
-        files = files | {f"shard-{first // size:05d}": {"latents": latents, "text": text}}
-        for name, tensors in files.items():
-            write(folder / f"{name}.safetensors", lambda path: save_file(tensors, path))
-        files = {}
+        save(f"shard-{first // size:05d}", {"latents": latents, "text": text})
 
 def world_of(folder):
     """The world that a model was trained in. ValueError for none."""
