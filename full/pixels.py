@@ -120,8 +120,7 @@ class TextEncoder:
         transformers.utils.logging.disable_progress_bar()
         self.tokenizer = loaded(transformers.AutoTokenizer, folders[0], trust_remote_code=False)
         options = dict(dtype=dtype, output_loading_info=True, use_safetensors=True)  # no pickle: it runs code
-        model = loaded(transformers.UMT5EncoderModel, folders[1], **options)
-        self.model = model.to(device).eval()
+        self.model = loaded(transformers.UMT5EncoderModel, folders[1], **options).to(device).eval()
 
     @torch.no_grad()
     def __call__(self, prompts, length=512):
@@ -140,15 +139,17 @@ class VAE:
     def __init__(self, folder, device="cpu"):
         folder = part_of(folder, "vae")
         diffusers = optional("diffusers", "a video in pixels")
-        options = dict(torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True)
-        options["use_safetensors"] = True
-        model = loaded(diffusers.AutoencoderKLWan, folder, **options)
-        self.model, self.device = model.to(device).eval(), device
-        config = self.model.config
+        options = dict(low_cpu_mem_usage=False, output_loading_info=True, use_safetensors=True)
+        model = loaded(diffusers.AutoencoderKLWan, folder, torch_dtype=torch.float32, **options)
+        self.model, self.device, config = model.to(device).eval(), device, model.config
         wide = lambda values: torch.tensor(values, device=device).view(-1, 1, 1, 1)
-        self.mean, self.std = wide(config.latents_mean), wide(config.latents_std)
-        if not (self.std > 0).all():
-            raise ValueError(f"{folder}: latents_std is {config.latents_std}, expected numbers above 0")
+        try:
+            self.mean, self.std = wide(config.latents_mean), wide(config.latents_std)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder}: latents_mean or latents_std has no numbers: {error}") from None
+        if self.std.shape != self.mean.shape or not (self.std > 0).all():
+            found = f"{folder}: latents_std is {config.latents_std}"
+            raise ValueError(f"{found}, expected {len(self.mean)} numbers above 0")
         self.stride = config.scale_factor_temporal, config.scale_factor_spatial
 
     @torch.no_grad()
@@ -193,7 +194,6 @@ def read_image(path, height, width):
 
 def read_video(path, frames, height, width, fps=FPS):
     """The first frames at `fps`, (frames, 3, height, width) in [0, 1], and what was used of each.
-
     ValueError for what is no video, or too short."""
     if not Path(path).is_file():
         raise ValueError(f"no file {path}")

@@ -58,7 +58,7 @@ def wrong(field):
 def texts(declaration):
     """[--option=text] that a declaration refuses on a command line, where all is text."""
     for f in fields(declaration):
-        for text in {str(v).lower() for v in wrong(f) if not isinstance(v, (type(None), list, dict))}:
+        for text in dict.fromkeys(str(v).lower() for v in wrong(f) if isinstance(v, (str, int, float))):
             meant = {"1": (int, float, tuple), "true": (bool,)}.get(text, ())
             if f.type not in meant:
                 yield f"--{f.name.replace('_', '-')}={text}"

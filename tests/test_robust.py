@@ -22,10 +22,9 @@ from test_train import Codec, refused, run, weights
 
 import sample
 import train
-from full import checkpoint, parallel, plan, prepare
+from full import checkpoint, parallel, pixels, plan, prepare
 from full.data import Shards, preset
 from full.files import WEIGHTS, provenance, read_json, read_log, write_json
-from full.pixels import Published
 from model import Wan
 from toy import flow2d, page, video
 from toy.video import STORY, write_shards
@@ -114,6 +113,17 @@ def test_published_folders_run_no_code(tmp_path, monkeypatch):
     except ValueError as error:
         assert "tokenizer" in str(error)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("values", ["x", 3, None, [], ["x", "x"], [1.0], [1.0, 0.0], [1.0, float("nan")]])
+def test_vae_whose_std_is_not_numbers_above_0_is_told(values, tmp_path, monkeypatch):
+    model = SimpleNamespace(config=SimpleNamespace(latents_mean=[0.0, 0.0], latents_std=values))
+    model.to = model.eval = lambda *_: model
+    monkeypatch.setattr(pixels, "optional", lambda *_: SimpleNamespace(AutoencoderKLWan=None))
+    monkeypatch.setattr(pixels, "loaded", lambda *_, **options: model)
+    (tmp_path / "vae").mkdir()
+    with pytest.raises(ValueError, match=f"{tmp_path}/vae: latents_.*number"):
+        pixels.VAE(tmp_path)
 
 
 def began(*args, until, **options):
@@ -343,7 +353,7 @@ def test_link_in_a_circle_is_no_missing_file(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).symlink_to((tmp_path / name).name)
     with pytest.raises(ValueError, match=f"no file {tmp_path / name}"):
-        provenance(tmp_path), Published(tmp_path, "cpu").shift()
+        provenance(tmp_path), pixels.Published(tmp_path, "cpu").shift()
 
 
 def test_story_leaves_no_child(tmp_path):
