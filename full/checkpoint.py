@@ -76,7 +76,6 @@ class Stop:
 
 class Run:
     """The state that a checkpoint holds: networks in training, their optimisers, the average, the step.
-
     No random state or data position is kept: both are functions of seed and step, see `train.Clips`.
     """
 
@@ -161,6 +160,7 @@ class Run:
         if changed:
             raise ValueError(f"{folder} was made with other settings: {', '.join(changed)}")
         try:
+            Reader(folder).read_metadata()  # what is wrong with it torch would log in twenty lines
             dcp.load(self.state(), storage_reader=Reader(folder), no_dist=not dist.is_initialized())
         except (Exception, CheckpointException) as error:
             raise Damaged(f"cannot read checkpoint {folder}: {reason(error)}") from None

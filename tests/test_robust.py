@@ -76,6 +76,18 @@ def test_metadata_of_a_checkpoint_runs_no_code(made, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("value", [3, None, []])
+def test_metadata_that_is_none_is_told_in_one_sentence(value, made, tmp_path, caplog):
+    folder = shutil.copytree(made / "checkpoints" / "step-0000002", tmp_path / "step-0000002")
+    (folder / ".metadata").write_bytes(pickle.dumps(value))
+    write_json(folder / "checksums.json", checkpoint.checksums(folder))
+    settings = read_json(folder / "settings.json")
+    run = checkpoint.Run({"student": torch.nn.Linear(1, 1)}, {}, tmp_path, settings)
+    with pytest.raises(checkpoint.Damaged, match=f"cannot read checkpoint {folder}: "):
+        run.load(folder)
+    assert not caplog.records
+
+
 def test_checkpoint_reads_no_file_outside_its_folder(made, tmp_path):
     folder = shutil.copytree(made / "checkpoints" / "step-0000002", tmp_path / "out")
     metadata = checkpoint.Reader(folder).read_metadata()
