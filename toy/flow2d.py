@@ -78,20 +78,20 @@ class Mixture:
 
     def velocity(self, z, t, r=None):
         """v(z, t) (B, 2), in the precision of z. It ignores r: it stands where a teacher is asked."""
-        # v = (E[eps | z] - z) / (1 - t), from x = (z - t eps) / (1 - t): 0/0 at t = 1, so stop just short.
+        # The sum of E[eps] - E[x] of the components: (E[eps | z] - z) / (1 - t) is 0/0 at t = 1.
         t = torch.as_tensor(t, dtype=torch.float64).clamp(1e-6, 1 - 1e-6).expand(len(z))[:, None, None]
-        y = z.double()[:, None]  # (B, 1, 2) against components (K, 2)
+        s, d = 1 - t, z.double()[:, None] - (1 - t) * self.centres  # (B, K, 2)
         if self.shape == "gaussian":
-            # z_t of component k is N((1 - t) c, (1 - t)^2 s^2 + t^2), jointly Gaussian with eps.
-            var = ((1 - t) * self.size) ** 2 + t**2
-            eps = t * (y - (1 - t) * self.centres) / var
-            log_p = -(y - (1 - t) * self.centres).square() / (2 * var) - var.log() / 2
+            # z_t of component k is N(s c, s^2 size^2 + t^2), jointly Gaussian with eps and x.
+            var = (s * self.size) ** 2 + t**2
+            v, log_p = (t - s * self.size**2) / var * d - self.centres, -d.square() / (2 * var)
         else:
-            # x uniform on [a, b] makes eps = (z - (1 - t) x) / t a standard normal truncated to [lo, hi].
-            lo, hi = ((y - (1 - t) * (self.centres + side * self.size)) / t for side in (1, -1))
-            eps, log_p = truncated_normal(lo, hi)
+            # x uniform on c +- size makes eps = (z - s x) / t a standard normal truncated to m +- s size / t
+            # with m = d / t, and x = c - t (eps - m) / s.
+            away, log_p = truncated_normal(d / t, s * self.size / t)
+            v = d / t - self.centres + away / s
         weight = log_p.sum(-1, keepdim=True).softmax(1)  # posterior of the component, (B, K, 1)
-        return (((weight * eps).sum(1) - y[:, 0]) / (1 - t[:, 0])).to(z.dtype)
+        return (weight * v).sum(1).to(z.dtype)
 
     def cdf(self, y, directions):
         """The share of the density below y (m,) in directions (2, D): float64 (D, m)."""
@@ -118,15 +118,22 @@ class Mixture:
             states.append(y)
         return torch.stack(states)
 
-def truncated_normal(lo, hi):
-    """Mean, and log of the mass, of a standard normal on [lo, hi]; also in the tails, also if narrow."""
-    flip = lo + hi > 0  # work in the left tail, where log_ndtr keeps its precision
-    a, b = torch.where(flip, -hi, lo), torch.where(flip, -lo, hi)
-    log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
-    log_mass = log_b + torch.log(-torch.expm1(log_a - log_b))
-    log_phi = lambda y: -y.square() / 2 - math.log(2 * math.pi) / 2
-    mean = (log_phi(a) - log_mass).exp() - (log_phi(b) - log_mass).exp()
-    return torch.where(flip, -mean, mean), log_mass
+NODES, WEIGHTS = map(torch.from_numpy, np.polynomial.legendre.leggauss(4))
+
+def truncated_normal(m, w):
+    """Mean less m, and log of the mass, of a standard normal on m +- w; also in the tails, also if narrow."""
+    # In the left tail, all over exp(-c^2/2), which erfcx leaves out; c: the end nearer to 0, or 0 if inside.
+    a, b, erfcx, unit = -m.abs() - w, w - m.abs(), torch.special.erfcx, 1 / math.sqrt(math.tau)
+    c = b.clamp(max=0)
+    phi_a, phi_b = (((c - y) * (c + y) / 2).exp() for y in (a, b))
+    tail = (erfcx(-b / math.sqrt(2)) - phi_a * erfcx(-a / math.sqrt(2))) / 2
+    mass = torch.where(b > 0, torch.special.ndtr(b) - torch.special.ndtr(a), tail)
+    wide = (phi_b - phi_a) * m.sign() * unit / mass - m, mass.log() - c.square() / 2
+    # Where it is nearly flat, that difference loses all digits, and four Gauss-Legendre nodes are exact.
+    x = w[..., None] * NODES
+    p = unit * WEIGHTS * (-m[..., None] * x - x.square() / 2).exp()
+    flat = (p * x).sum(-1) / p.sum(-1), (w * p.sum(-1)).log() - m.square() / 2
+    return [torch.where((w < 0.3) & (m.abs() * w < 0.3), *pair) for pair in zip(flat, wide)]
 
 def checkerboard():
     return Mixture([(i, 2 * j + i % 2) for i in range(4) for j in range(2)], 0.5, "box")
