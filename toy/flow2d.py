@@ -3,6 +3,7 @@
     python -m toy.flow2d                       # checkerboard, one seed: table, claims, figures in out/flow2d
     python -m toy.flow2d --density mixture --exact-teacher
     python -m toy.flow2d --recipe published    # the paper's choices; --undo NAME takes one of them
+    python -m toy.flow2d --departures          # what each of them is worth, in short runs
 
 Trains a flow-matching teacher, distils it by consistency distillation (the baseline), by forward flow-map
 training (AnyFlow stage 1) and on-policy (stage 2), and measures each at 1, 2, 4, ..., 64 network calls. Every
@@ -36,7 +37,7 @@ def gamma_of(calls, c=2.0):
     """The more jumps, the less noise after each. On seeds 10 and 11, c of 0 to 4 were level, 8 worse."""
     return min(1.0, c / calls)
 
-# Our choices and the paper's, where they differ
+# Our choices and the paper's, where they differ: those of stage 1, then those of stage 2
 RECIPE = {
     "velocity": ("teacher", "data"),  # v in stage 1's target
     # An error at small t lands on the sample, and no later step mends it: so small t weighs more. The paper's
@@ -216,14 +217,22 @@ def repeat(stage, steps, one_step):
             bar.set_postfix_str(f"loss {loss:.4f}")
     return time.perf_counter() - start
 
-def train(density, methods, steps, batch, exact_teacher, recipe):
-    """The stages of the paper, in order. Returns {method: network} and {method: seconds of its own stage}."""
-    nets, seconds = {}, {}
+def train(density, methods, steps, batch, seed, exact_teacher=False, undone=(), given=()):
+    """The stages of the paper, in order, but for networks given; `undone` is what of RECIPE is the paper's.
+    Returns {method: network} and {method: seconds of its own stage}."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    recipe = {name: pair[name in undone] for name, pair in RECIPE.items()}
+    nets, seconds, wanted = dict(given), {}, {"teacher", *methods}
+    if any(name.startswith("anyflow") for name in methods):
+        wanted.add("anyflow-forward")
     data = lambda: density.sample(batch)
     more, gentle = max(1, steps // 5), dict(betas=(0.0, 0.999), ema=0.99)  # how stage 2 and its control learn
 
     def fit(name, start, loss_of, *options, **more_options):
         """Train a copy of a network by `loss_of(model, progress)`; keep the average of its weights."""
+        if name in nets or name not in wanted:
+            return
         learner = Learner(start, *options, **more_options)
 
         def one_step(i):
@@ -247,16 +256,13 @@ def train(density, methods, steps, batch, exact_teacher, recipe):
     fit("teacher", MLP(), lambda model, _: anyflow.flow_matching_loss(model, data()), 3e-3, 2 * steps)
     trained = nets["teacher"]  # every student starts as the teacher, and learns from its velocity
     velocity = nets["teacher"] = density.velocity if exact_teacher else trained
-    if "consistency" in methods:
-        fit("consistency", trained, consistency_loss, 2e-3, steps)
-    if any(name.startswith("anyflow") for name in methods):
-        fit("anyflow-forward", trained, flow_map_loss, 2e-3, steps)
-    if "anyflow-control" in methods:
-        start, loss_of = nets["anyflow-forward"], lambda model, _: flow_map_loss(model)
-        fit("anyflow-control", start, loss_of, recipe["rate"], more, **gentle)
+    fit("consistency", trained, consistency_loss, 2e-3, steps)
+    fit("anyflow-forward", trained, flow_map_loss, 2e-3, steps)
+    start, more_of_it = nets.get("anyflow-forward"), lambda model, _: flow_map_loss(model)
+    fit("anyflow-control", start, more_of_it, recipe["rate"], more, **gentle)
     if "anyflow" in methods or "anyflow-gamma" in methods:
         learners = {name: Learner(start, recipe["rate"], more, **gentle)
-                    for name, start in (("student", nets["anyflow-forward"]), ("fake", trained))}
+                    for name, start in (("student", start), ("fake", trained))}
         seconds["anyflow"] = on_policy(learners, velocity, flow_map_loss, batch, recipe)
         nets["anyflow"] = learners["student"].average
     if "anyflow-gamma" in methods:
@@ -364,7 +370,10 @@ def parse(argv):
     add("--out", type=Path, default=Path("out/flow2d"))
     add("--fast", action="store_true", help="under a minute: fewer steps and samples")
     add("--choose-gamma", action="store_true", help="instead: train AnyFlow, measure many gamma, draw them")
+    add("--departures", action="store_true", help="instead: short runs, each with one of the paper's choices")
     args = parser.parse_args(argv)
+    args.steps = args.steps or (1000 if args.fast else 5000)
+    args.points = 2**12 if args.fast else 2**15
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -373,15 +382,31 @@ def parse(argv):
 
 def trained(args, methods):
     """For each seed: what `train` gives, and the ruler."""
-    density = DENSITIES[args.density]()
-    steps, points = (args.steps or 1000, 2**12) if args.fast else (args.steps or 5000, 2**15)
-    undone = RECIPE if args.recipe == "published" else args.undo
-    recipe = {name: pair[name in undone] for name, pair in RECIPE.items()}
+    density, undone = DENSITIES[args.density](), RECIPE if args.recipe == "published" else args.undo
     for seed in range(args.seed, args.seed + args.seeds):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        nets, seconds = train(density, methods, steps, args.batch, args.exact_teacher, recipe)
-        yield nets, seconds, Ruler(density, points, seed)
+        nets, seconds = train(density, methods, args.steps, args.batch, seed, args.exact_teacher, undone)
+        yield nets, seconds, Ruler(density, args.points, seed)
+
+def departures(args):
+    """Print distances after short runs with each of the paper's choices alone, from one teacher a seed."""
+    density, scores, first = DENSITIES[args.density](), {}, ["ours", "again", *[*RECIPE][:4], "all"]
+    for seed in range(args.seed, args.seed + args.seeds):
+        teacher, _ = train(density, [], args.steps, args.batch, seed)
+        ruler, ours = Ruler(density, args.points, seed), {}
+        for way in [*first, "again, stage 1 ours", *[*RECIPE][4:]]:
+            given, undone = teacher if way in first else teacher | ours, RECIPE if way == "all" else [way]
+            how = args.batch, seed + 1000 * ("again" in way), args.exact_teacher, undone, given
+            nets, _ = train(density, ["anyflow"], max(1, args.steps // 5), *how)
+            ours = ours or {"anyflow-forward": nets["anyflow-forward"]}
+            for name in [name for name in ("anyflow-forward", "anyflow") if name not in given]:
+                row = [ruler.swd(ruler.sample(nets[name], n, ruler.points // 2, 0.0)[0]) for n in NFE]
+                scores.setdefault(f"{way}, stage {1 + (name == 'anyflow')}", []).append(row)
+        write_json(args.out / "departures.json", scores)
+    times = lambda name: np.exp(np.log(np.divide(scores[name], scores[f"ours, {name[-7:]}"])).mean(1))
+    rows = {name: [*np.median(scores[name], 0), f"{times(name).min():8.2f}-{times(name).max():.2f}"]
+            for name in scores}
+    print(plots.table("sliced Wasserstein distance, median; times ours, mean of calls, range of seeds; again:"
+                      " other random numbers", [*NFE, "  times ours"], rows, digits=4))
 
 def choose_gamma(args):
     """Print and draw distances of AnyFlow by gamma and calls, and print what each c of `gamma_of` gives."""
@@ -430,7 +455,7 @@ def run(args):
 
 def main(argv=None):
     args = parse(argv)
-    work = choose_gamma if args.choose_gamma else run
+    work = choose_gamma if args.choose_gamma else departures if args.departures else run
     command("toy.flow2d", partial(work, args), "what the finished seeds gave is in place")
 
 if __name__ == "__main__":

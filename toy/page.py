@@ -10,7 +10,6 @@ none: what it shows it computes.
 import argparse
 import base64
 import json
-import random
 import zlib
 from pathlib import Path
 
@@ -61,10 +60,7 @@ def load(folder):
 
 def trained(density, steps, seed):
     """Networks {method: state dict} of a density, by the stages of `flow2d.train`."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    recipe = {name: tuned for name, (tuned, _) in flow2d.RECIPE.items()}
-    networks, _ = flow2d.train(flow2d.DENSITIES[density](), list(STARTS), steps, 512, False, recipe)
+    networks, _ = flow2d.train(flow2d.DENSITIES[density](), list(STARTS), steps, 512, seed)
     return {name: networks[name].state_dict() for name in STARTS}
 
 def page(networks):
