@@ -1,6 +1,5 @@
-"""The page in a real browser, against torch and arithmetic of 60 digits."""
+"""The page in a real browser, against torch."""
 
-import base64
 import fcntl
 import itertools
 import json
@@ -10,7 +9,6 @@ import shutil
 import subprocess
 import time
 
-import mpmath
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -77,11 +75,14 @@ class Browser:
     def open(self, path, fragment="", width=1200, height=900, scheme="light"):
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=width < 600)
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.scheme(scheme)
         self.send("Page.navigate", url="about:blank")
         self.send("Page.navigate", url=f"file://{path}{fragment and '#'}{fragment}")
         self.until("document.readyState === 'complete' && window.explore !== undefined")
         self.js("explore.ready")
+
+    def scheme(self, value):
+        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
 
     def until(self, code, seconds=120):
         end = time.monotonic() + seconds
@@ -121,12 +122,6 @@ class Browser:
             e.scrollIntoView({{block: "center"}}); const b = e.getBoundingClientRect();
             return [b.left + b.width / 2, b.top + b.height / 2, b.width, b.height]; }})()""")
 
-    def screenshot(self, path):
-        height = self.js("document.documentElement.scrollHeight")
-        clip = dict(x=0, y=0, width=self.js("innerWidth"), height=height, scale=1)
-        shot = self.send("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        path.write_bytes(base64.b64decode(shot["data"]))
-
     def complaints(self):
         """What went to the console, and every request but for the file itself and data in it."""
         spoken = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
@@ -138,7 +133,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def networks():
-    return {name: page.trained(name, 20, seed) for seed, name in enumerate(flow2d.DENSITIES)}
+    return {name: page.trained(name, 5, seed) for seed, name in enumerate(flow2d.DENSITIES)}
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +148,7 @@ def browser(file, tmp_path_factory):
     if not CHROMIUM:
         pytest.skip("no Chromium here")
     browser = Browser(tmp_path_factory.mktemp("profile"))
+    browser.open(file)
     yield browser
     try:
         assert browser.complaints() == ([], [])
@@ -174,8 +170,7 @@ def flat(z):
     return json.dumps(z.flatten().tolist())
 
 
-def test_networks_are_those_of_torch(browser, file, networks):
-    browser.open(file)
+def test_networks_are_those_of_torch(browser, networks):
     for density, states in networks.items():
         for method, state in states.items():
             net, z = mlp(state), 1.5 * torch.randn(45, 2)  # no whole number of blocks
@@ -185,50 +180,21 @@ def test_networks_are_those_of_torch(browser, file, networks):
                 assert (points(browser.js(code)) - u).abs().max() < 1e-4, (density, method, t, r)
 
 
-def exact(density, z, t):
-    """Mixture.velocity of one point, by its definition, in 60 digits."""
-    with mpmath.workdps(60):
-        t = min(max(mpmath.mpf(t), mpmath.mpf(1e-6)), 1 - mpmath.mpf(1e-6))
-        parts, size = [], mpmath.mpf(density.size)
-        for centre in density.centres.tolist():
-            weight, means = mpmath.mpf(1), []
-            for y, c in zip(z, centre):
-                if density.shape == "gaussian":
-                    var = ((1 - t) * size) ** 2 + t**2
-                    weight *= mpmath.exp(-((y - (1 - t) * c) ** 2) / (2 * var))
-                    means.append(t * (y - (1 - t) * c) / var)
-                    continue
-                lo, hi = ((y - (1 - t) * (c + side * size)) / t for side in (1, -1))
-                sign = -1 if lo + hi > 0 else 1  # the left tail, where masses keep their digits
-                a, b = (-hi, -lo) if sign < 0 else (lo, hi)
-                mass = mpmath.ncdf(b) - mpmath.ncdf(a)
-                weight *= mass
-                means.append(sign * (mpmath.npdf(a) - mpmath.npdf(b)) / mass)
-            parts.append((weight, means))
-        total = sum(weight for weight, _ in parts)
-        return [float((sum(w * m[i] for w, m in parts) / total - z[i]) / (1 - t)) for i in (0, 1)]
-
-
 @pytest.mark.parametrize("name", flow2d.DENSITIES)
-def test_velocity_is_exact_in_the_tails_and_at_both_ends(browser, file, name):
-    browser.open(file)
+def test_velocity_is_exact_in_the_tails_and_at_both_ends(browser, name):
+    """Against torch's, which tests/test_flow2d.py holds against arithmetic of 60 digits."""
     density = flow2d.DENSITIES[name]()
     for t in (0.0, 1e-5, 1e-3, 0.03, 0.3, 0.75, 0.97, 0.9999, 1.0):
-        some = torch.cat([scale * torch.randn(3, 2) for scale in (0.7, 1.5, 6)]).double()
+        some = torch.cat([scale * torch.randn(20, 2) for scale in (0.7, 1.5, 6)]).double()
         code = (f"{flat(some)}.map((x, i, all) => {{ const out = [0, 0]; if (i % 2) explore.velocity("
                 f"explore.DATA.densities.{name}, all[i - 1], x, {t}, out); return out; }})"
                 ".filter((_, i) => i % 2)")
-        found = torch.tensor(browser.js(code), dtype=torch.float64)
-        wanted = torch.tensor([exact(density, z, t) for z in some.tolist()], dtype=torch.float64)
-        assert ((found - wanted).abs() / wanted.abs().clamp(min=1)).max() < 1e-4, t
-        if 1e-3 <= t <= 0.99:  # where torch's own sums lose nothing
-            error = (found - density.velocity(some, t)).abs() / wanted.abs().clamp(min=1)
-            assert error.max() < 1e-4, t
+        found, wanted = torch.tensor(browser.js(code), dtype=torch.float64), density.velocity(some, t)
+        assert ((found - wanted).abs() / wanted.abs().clamp(min=1)).max() < 1e-6, t
 
 
 @pytest.mark.parametrize("name", flow2d.DENSITIES)
-def test_exact_path_is_that_of_torch(browser, file, name):
-    browser.open(file)
+def test_exact_path_is_that_of_torch(browser, name):
     z = torch.randn(6, 2).double()
     wanted = flow2d.DENSITIES[name]().flow(z, anyflow.time_grid(64))
     for i, (x, y) in enumerate(z.tolist()):
@@ -237,8 +203,7 @@ def test_exact_path_is_that_of_torch(browser, file, name):
 
 
 @pytest.mark.parametrize("grid", [[1, 0], [1, 0.75, 0.5, 0.25, 0], [1, 0.93, 0.4, 0.37, 0.05, 0], "even"])
-def test_samplers_are_those_of_anyflow(browser, file, networks, grid, monkeypatch):
-    browser.open(file)
+def test_samplers_are_those_of_anyflow(browser, networks, grid, monkeypatch):
     grid = anyflow.time_grid(64).tolist() if grid == "even" else grid
     z, fresh = torch.randn(37, 2), torch.randn(64, 37, 2)
     for density, states in networks.items():
@@ -257,23 +222,23 @@ def test_samplers_are_those_of_anyflow(browser, file, networks, grid, monkeypatc
             assert (found - wanted).abs().max() < 1e-3, (density, method)
 
 
-def test_random_numbers_are_normal_and_differ(browser, file):
-    browser.open(file)
+def test_random_numbers_are_normal_and_differ(browser):
     z, other = (torch.tensor(browser.js(f"Array.from(explore.normals({seed}, 40000))")) for seed in (1, 2))
     for moment, wanted in ((1, 0), (2, 1), (3, 0), (4, 3)):
         assert (z**moment).mean().sub(wanted).abs() < 0.1
     assert (z * other).mean().abs() < 0.03 and (z[::2] * z[1::2]).mean().abs() < 0.03
 
 
-def test_figures_are_those_of_flow2d(browser, file, networks):
+def test_figures_are_those_of_flow2d(browser, file, networks, monkeypatch):
     """Measured anew in torch, from other noise: 5,000 points differ by the sampling error."""
+    monkeypatch.setattr(flow2d, "NFE", [2, 64])  # the last is what drift is held against
     browser.open(file, "d=mixture&n=2")
     browser.until("explore.measured() !== null")
     found, density = browser.js("explore.measured()"), flow2d.mixture()
-    ruler = flow2d.Ruler(density, 5000)
+    ruler = flow2d.Ruler(density, 5000, fresh=1)
     for method in ("teacher", "consistency", "anyflow"):
         scores, *_ = ruler.measure(method, mlp(networks["mixture"][method]))
-        wanted = [scores[key][1] for key in ("swd", "path_error", "budget_drift")]
+        wanted = [scores[key][0] for key in ("swd", "path_error", "budget_drift")]
         assert found[method] == pytest.approx(wanted, rel=0.15, abs=0.03), method
 
 
@@ -374,34 +339,31 @@ def test_nonsense_in_the_address_is_the_default_view(browser, file, fragment):
 
 
 @pytest.mark.parametrize("width", [1200, 360])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_the_screen_and_every_control_has_a_name(browser, file, width, scheme, tmp_path):
-    browser.open(file, "n=6", width, scheme=scheme)
+def test_it_fits_the_screen_and_every_control_has_a_name(browser, file, width):
+    browser.open(file, "n=6", width, scheme="light")
     browser.until("explore.measured() !== null")
-    browser.screenshot(tmp_path / f"{width}-{scheme}.png")
     assert browser.js("document.documentElement.scrollWidth") <= width
-    paper = browser.js("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, paper[4:-1].split(","))) < 384) == (scheme == "dark")
     nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
     roles = {"button", "slider", "radio", "checkbox", "application", "image", "img", "group"}
     nodes = [n for n in nodes if n.get("role", {}).get("value") in roles and not n["ignored"]]
     assert len(nodes) >= 3 + 4 + 3 + 6 + 5 + 1 + 5
     assert not [n for n in nodes if not n.get("name", {}).get("value")]
-    if scheme == "light":
-        for name in page.STARTS:
-            colour = browser.js(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')")
-            assert colour.strip().lower() == plots.STYLE[name]["color"].lower()
+    for name in page.STARTS:
+        colour = browser.js(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')")
+        assert colour.strip().lower() == plots.STYLE[name]["color"].lower()
+    for scheme in ("light", "dark"):
+        browser.scheme(scheme)
+        paper = browser.js("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, paper[4:-1].split(","))) < 384) == (scheme == "dark")
 
 
 def test_it_is_fast_enough(browser, file):
     """5,000 samples of 64 calls in 2 s, a frame of a drag in a sixtieth of a second, of one core."""
-    browser.open(file)
+    browser.open(file, "n=64&p=-2,0")
     browser.until("explore.measured() !== null")
     cloud = "explore.sample('checkerboard', 'anyflow', explore.normals(1, 10000), explore.evenGrid(64), 0), 0"
     browser.js(cloud)
     assert browser.seconds(cloud) < 2
-    browser.open(file, "n=64&p=-2,0")
-    browser.until("explore.measured() !== null")
     x, y, *_ = browser.centre("#plane")
     frames = lambda start: f"""(async () => {{
         const send = (kind, x) => document.querySelector('#plane').dispatchEvent(new PointerEvent(kind,
