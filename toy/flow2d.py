@@ -87,8 +87,7 @@ class Mixture:
             var = (s * self.size) ** 2 + t**2
             v, log_p = (t - s * self.size**2) / var * d - self.centres, -d.square() / (2 * var)
         else:
-            # x uniform on c +- size makes eps = (z - s x) / t a standard normal truncated to m +- s size / t
-            # with m = d / t, and x = c - t (eps - m) / s.
+            # eps is a standard normal truncated to d / t +- s size / t, and x = c - t (eps - d / t) / s.
             away, log_p = truncated_normal(d / t, s * self.size / t)
             v = d / t - self.centres + away / s
         weight = log_p.sum(-1, keepdim=True).softmax(1)  # posterior of the component, (B, K, 1)
@@ -120,7 +119,6 @@ class Mixture:
         return torch.stack(states)
 
 NODES, WEIGHTS = map(torch.from_numpy, np.polynomial.legendre.leggauss(4))
-
 def truncated_normal(m, w):
     """Mean less m, and log of the mass, of a standard normal on m +- w; also in the tails, also if narrow."""
     # In the left tail, all over exp(-c^2/2), which erfcx leaves out; c: the end nearer to 0, or 0 if inside.
@@ -218,14 +216,12 @@ def repeat(stage, steps, one_step):
     return time.perf_counter() - start
 
 def train(density, methods, steps, batch, seed, exact_teacher=False, undone=(), given=()):
-    """The stages of the paper, in order, but for networks given; `undone` is what of RECIPE is the paper's.
-    Returns {method: network} and {method: seconds of its own stage}."""
+    """The stages of the paper, in order, but for networks given. Returns {name: network}, {name: seconds}."""
     torch.manual_seed(seed)
     random.seed(seed)
     recipe = {name: pair[name in undone] for name, pair in RECIPE.items()}
-    nets, seconds, wanted = dict(given), {}, {"teacher", *methods}
-    if any(name.startswith("anyflow") for name in methods):
-        wanted.add("anyflow-forward")
+    wanted = {"teacher", *methods} | {"anyflow-forward" for name in methods if name.startswith("anyflow")}
+    nets, seconds = dict(given), {}
     data = lambda: density.sample(batch)
     more, gentle = max(1, steps // 5), dict(betas=(0.0, 0.999), ema=0.99)  # how stage 2 and its control learn
 
@@ -372,8 +368,7 @@ def parse(argv):
     add("--choose-gamma", action="store_true", help="instead: train AnyFlow, measure many gamma, draw them")
     add("--departures", action="store_true", help="instead: short runs, each with one of the paper's choices")
     args = parser.parse_args(argv)
-    args.steps = args.steps or (1000 if args.fast else 5000)
-    args.points = 2**12 if args.fast else 2**15
+    args.steps, args.points = args.steps or (1000 if args.fast else 5000), 2**12 if args.fast else 2**15
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

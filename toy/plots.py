@@ -65,12 +65,16 @@ def _animate(figure, path, frames, draw, fps, dpi):
 def _budget_axis(axis, nfe):
     axis.set_xscale("log", base=2)
     axis.set_xticks(nfe, [str(n) for n in nfe])
-    axis.set_xlabel("network calls")
-    axis.set_yscale("log")
+    axis.set(xlabel="network calls", yscale="log")
     axis.grid(alpha=0.25)
 
 def _calls(n):
     return f"{n} call{'s' * (n > 1)}"
+
+def _bare(axis):
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    return axis
 
 def _grid(names, titles, size, limit=2.5, **options):
     """A figure with a row of bare axes for each method, titles over its columns; the axes [name][column]."""
@@ -79,8 +83,7 @@ def _grid(names, titles, size, limit=2.5, **options):
     for row, name in zip(axes, names):
         row[0].set_ylabel(STYLE[name]["label"])
         for axis, title in zip(row, titles):
-            axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
-            axis.spines[:].set_visible(False)
+            _bare(axis).set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
             axis.set_title(title if name == names[0] else "")
     return figure, dict(zip(names, axes))
 
@@ -145,10 +148,9 @@ def quality(results, path):
     for axis, (key, title) in zip(axes, titles.items()):
         some = slice(len(nfe) - (key == "budget_drift"))  # the last drift is zero by definition
         for name, scores in methods.items():
-            rows = np.array(scores[key])[some]
-            axis.plot(nfe[some], np.median(rows, 1), markersize=5, **STYLE[name])
-            band = dict(color=STYLE[name]["color"], alpha=0.2, lw=0)
-            axis.fill_between(nfe[some], rows.min(1), rows.max(1), **band)
+            y = np.array(scores[key])[some]
+            axis.plot(nfe[some], np.median(y, 1), markersize=5, **STYLE[name])
+            axis.fill_between(nfe[some], y.min(1), y.max(1), color=STYLE[name]["color"], alpha=0.2, lw=0)
         _budget_axis(axis, nfe)
         axis.set_title(title)
     axes[0].axhline(results["floor"], color="black", lw=0.8)
@@ -158,21 +160,18 @@ def quality(results, path):
     axes[0].legend(fontsize=8, loc="upper right")
     seeds = len(next(iter(methods.values()))["swd"][0])
     plural = "s: lines are medians, bands the range" if seeds > 1 else ""
-    title = f"{results['density']}, {seeds} seed{plural}. Lower is better everywhere."
-    figure.suptitle(title, fontsize=11, y=1.06)
+    figure.suptitle(f"{results['density']}, {seeds} seed{plural}. Lower is better.", fontsize=11, y=1.06)
     _save(figure, path)
 
 def gammas(gammas, nfe, scores, path):
     """Distance against gamma, a line for each number of calls. scores: (seeds, gammas, NFE)."""
     figure, axis = plt.subplots(figsize=(7, 4.2))
-    x, colours = range(len(gammas)), plt.get_cmap("viridis")(np.linspace(0, 0.9, len(nfe)))
-    for n, y, colour, marker in zip(nfe, np.median(scores, 0).T, colours, "os^vDP"):
-        axis.plot(x, y, color=colour, marker=marker, markersize=5, label=_calls(n))
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(nfe)))
+    axis.set_prop_cycle(color=colours, marker=[*"os^vDP"[: len(nfe)]])
+    axis.plot([f"{g:.2g}" for g in gammas], np.median(scores, 0), markersize=5, label=[*map(_calls, nfe)])
     axis.set(yscale="log", ylabel="better  ←  sliced Wasserstein distance, data units",
              xlabel="gamma: 0 stays on the ODE path, 1 returns to fresh noise after each jump")
-    for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        set_formatter("{x:.3f}")
-    axis.set_xticks(x, [f"{gamma:.2g}" for gamma in gammas])
+    axis.yaxis.set(major_formatter="{x:.3f}", minor_formatter="{x:.3f}")
     axis.set_title(f"AnyFlow, median of {len(scores)} seeds")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.25)
@@ -205,8 +204,7 @@ def sample_grid(target, samples, nfe, path, budgets=(1, 2, 4, 8, 64)):
     limit = 1.15 * target.abs().max().item()
     figure, axes = _grid(names, [*map(_calls, budgets), "data"], (1.85, 1.95), limit)
     for name in names:
-        clouds = [samples[name][nfe.index(n)] for n in budgets] + [target]
-        for axis, cloud in zip(axes[name], clouds):
+        for axis, cloud in zip(axes[name], [samples[name][nfe.index(n)] for n in budgets] + [target]):
             density = np.histogram2d(*cloud.numpy().T, bins=64, range=[[-limit, limit]] * 2)[0]
             axis.imshow(np.sqrt(density.T), origin="lower", cmap="magma", extent=2 * (-limit, limit))
     figure.tight_layout(pad=0.4)
@@ -267,10 +265,9 @@ def video_quality(results, path):
         for axis in column[:2]:
             lowest, highest = axis.dataLim.intervaly
             _budget_axis(axis, nfe)
-            axis.set_ylabel("better  ←  RMS / RMS of a clip")
             axis.set_yticks([0.05, 0.1, 0.2, 0.3, 0.5, 1.0], ["0.05", "0.1", "0.2", "0.3", "0.5", "1"])
             axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-            axis.set_ylim(0.8 * lowest, 1.25 * highest)
+            axis.set(ylabel="better  ←  RMS / RMS of a clip", ylim=(0.8 * lowest, 1.25 * highest))
         for axis in column[2:]:
             for method, scores in methods.items():
                 axis.plot(nfe, scores["star rate"], markersize=5, **STYLE[method])
@@ -293,14 +290,12 @@ def path_error(results, away, grid, path, budgets=(1, 4, 32)):
         for axis, n in zip(ways, budgets):
             axis.plot(grid[:: nfe[-1] // n], rows[nfe.index(n)], markersize=4, **STYLE[method])
     _budget_axis(calls, nfe)
-    calls.set_title("distance to the exact path,\nmean of the states visited")
-    calls.set_ylabel("better  ←  RMS / RMS of a clip")
-    calls.set_yscale("linear")
+    calls.set(title="distance to the exact path,\nmean of the states visited", yscale="linear",
+              ylabel="better  ←  RMS / RMS of a clip", ylim=(0, None))
     calls.legend(fontsize=8)
     for axis, n in zip(ways, budgets):
         axis.set(xlim=(1.02, -0.02), xlabel="t  (1 = noise, 0 = clip)", title=f"along the way, {_calls(n)}")
         axis.grid(alpha=0.25)
-    calls.set_ylim(bottom=0)
     figure.tight_layout()
     _save(figure, path)
 
@@ -310,38 +305,31 @@ def paths(exact, states, grid, nfe, prompt, path, budgets=(1, 4, 32), frame=4, s
     states: {method: [(n + 1, 1, F, 3, H, W) per NFE]}. A picture changes when its method calls the network.
     """
     names = [name for name in ("teacher", "consistency", "anyflow") if name in states]
-    columns = len(budgets)
-    figure = plt.figure(figsize=(2.6 + 1.5 * columns, 1.75 * len(names) + 0.9))
-    cells = figure.add_gridspec(len(names), columns + 2, width_ratios=[1.9, 0.3, *[1] * columns], left=0.01,
-                                right=0.99, bottom=0.05, top=0.87, wspace=0.12, hspace=0.28)
-
-    def bare(axis):
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-        return axis
+    figure = plt.figure(figsize=(2.6 + 1.5 * len(budgets), 1.75 * len(names) + 0.9))
+    cells = figure.add_gridspec(len(names), len(budgets) + 2, width_ratios=[1.9, 0.3, *[1] * len(budgets)],
+                                left=0.01, right=0.99, bottom=0.05, top=0.87, wspace=0.12, hspace=0.28)
 
     show = lambda axis, z: axis.imshow(rgb(z[0, frame]), interpolation="nearest")
-    left = bare(figure.add_subplot(cells[:, 0]))
+    left = _bare(figure.add_subplot(cells[:, 0]))
     left.set_title("the exact path", fontsize=10)
     truth, size = show(left, exact[0]), exact[-1].square().mean().sqrt()
     pictures = []
     for i, name in enumerate(names):
         for j, n in enumerate(budgets):
-            axis = bare(figure.add_subplot(cells[i, 2 + j]))
+            axis = _bare(figure.add_subplot(cells[i, 2 + j]))
             axis.set_title(_calls(n) if i == 0 else "", fontsize=10)
             if j == 0:
                 axis.set_ylabel(STYLE[name]["label"].replace(" (", "\n("), fontsize=9)
             z = states[name][nfe.index(n)]
             pictures.append((show(axis, z[0]), axis, z))
     clock = figure.suptitle("", fontsize=9.5)
-    last = len(exact) - 1
 
     def draw(step):
         t = 1 - step / steps
         k = sum(time >= t - 1e-9 for time in grid) - 1
         truth.set_data(rgb(exact[k][0, frame]))
         for picture, axis, z in pictures:
-            jump = last // (len(z) - 1)
+            jump = (len(exact) - 1) // (len(z) - 1)
             i = k // jump  # the last state that the method has visited
             picture.set_data(rgb(z[i][0, frame]))
             off = ((z[i] - exact[i * jump]).square().mean().sqrt() / size).item()
@@ -365,8 +353,7 @@ def chunks(results, path):
     title = "one causal model, every task, 4 calls a chunk:\nerror of the object's centre"
     tasks.set(xlabel="frame", title=title)
     for axis in (drift, tasks):
-        axis.set(ylabel="better  ←  pixels")
-        axis.set_ylim(bottom=0)
+        axis.set(ylabel="better  ←  pixels", ylim=(0, None))
         axis.legend(fontsize=8)
         axis.grid(alpha=0.25)
     figure.tight_layout()
@@ -374,8 +361,7 @@ def chunks(results, path):
 
 def clips_by_budget(clips, nfe, prompt, path):
     """GIF: methods by rows, calls by columns, all from one noise. clips: {method: [(F, 3, H, W) per NFE]}."""
-    label = lambda method: STYLE[method]["label"].replace(", ", ",\n").replace(" (", "\n(")
-    rows = {label(method): row for method, row in clips.items()}
+    rows = {STYLE[key]["label"].replace(", ", ",\n").replace(" (", "\n("): row for key, row in clips.items()}
     _clips_gif(rows, [_calls(n) for n in nfe], f"“{prompt}”, same noise everywhere", path)
 
 def tasks(tasks, prompt, path):
@@ -391,8 +377,7 @@ def _clips_gif(rows, columns, title, path, given=None):
     images = []
     for line, (name, clips) in zip(axes, rows.items()):
         for axis, clip in zip(line, clips):
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+            _bare(axis)
             if clip is not None:
                 images.append((axis.imshow(rgb(clip[0]), interpolation="nearest"), rgb(clip)))
         line[0].set_ylabel(name, fontsize=8)
