@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anyflow import as_times
 from full import files
-from full.compile import compiled_flex_attention, keep_self_attention
+from full.compile import compiled_flex_attention, keep_self_attention, lean
 from full.lora import merged_state
 from full.options import check, option
 
@@ -183,11 +183,11 @@ class Attention(nn.Module):
 
     def query(self, x):
         """(B, N, width) -> (B, N, heads, head_dim)."""
-        return self.norm_q(self.to_q(x)).unflatten(2, (self.heads, -1))
+        return lean(self.norm_q, self.to_q(x)).unflatten(2, (self.heads, -1))
 
     def key_value(self, x):
         """Two of (B, N, heads, head_dim)."""
-        return tuple(y.unflatten(2, (self.heads, -1)) for y in (self.norm_k(self.to_k(x)), self.to_v(x)))
+        return [y.unflatten(2, (self.heads, -1)) for y in (lean(self.norm_k, self.to_k(x)), self.to_v(x))]
 
     def attend(self, q, k, v, mask=None):
         """(B, N, heads, head_dim), M keys and values -> (B, N, width). mask: bool (N, M) or a BlockMask."""

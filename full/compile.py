@@ -32,6 +32,25 @@ def keep_attention(context, op, q=None, k=None, *args, **kwargs):
 # At 32,760 tokens it is half of a block's work (14B) or more (1.3B), and one tensor of the size of its input.
 keep_self_attention = functools.partial(create_selective_checkpoint_contexts, keep_attention)
 
+class LeanNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # bit for bit as torch's
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, scale = ctx.saved_tensors
+        h = x * scale
+        g_x = torch.addcmul(g * weight, h, (g * h @ weight)[..., None], value=-1 / len(weight)).mul_(scale)
+        return g_x, h.mul_(g).flatten(0, -2).sum(0), None
+
+def lean(norm, x):
+    """norm(x); where that is several kernels, its backward pass shall keep x alone, not x / RMS beside."""
+    several = not (x.is_cuda or x.dtype.itemsize < 4 or torch.compiler.is_compiling())
+    return LeanNorm.apply(x, norm.weight, norm.eps) if several and x.requires_grad else norm(x)
+
 def what_needs_less(recipe, stage, preset):
     """For a training that ran out of memory: the options that it does not use yet."""
     gpus, onpolicy = int(os.environ.get("WORLD_SIZE", 1)), stage == "onpolicy"

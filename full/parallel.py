@@ -20,8 +20,7 @@ from full.options import device_of, end_with_parent
 TRAINED = ("student", "fake")
 
 # One process needs no group to save a checkpoint; and nothing here writes into a block's output.
-HARMLESS = "torch.distributed is disabled|FSDP2-wrapped module .* returned a view"
-warnings.filterwarnings("ignore", message=HARMLESS)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled|FSDP2-.* module .* returned a view")
 
 def start_processes(device, dtype):
     """Join torchrun's processes. FSDP also does mixed precision: for that, one process is a group."""
@@ -106,8 +105,7 @@ def shard(model, recipe, device, mesh):
     """Compile each block, and shard each over the processes of a node, with a copy on every node.
 
     Block by block, from a model that lies on the disk: a process never holds more than its share and one
-    block. Trained weights are float32, for steps of 1e-5 are lost in bfloat16; frozen ones have that of the
-    work.
+    block. Trained weights are float32, for steps of 1e-5 are lost in bfloat16; frozen ones that of the work.
     """
     model.checkpointing = recipe.checkpointing
     if recipe.compile:

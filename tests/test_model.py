@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import model as M
 import sample
+from full.compile import lean
 from full.files import WEIGHTS, provenance
 from full.lora import add_lora
 from model import PRESETS, Wan, WanConfig
@@ -500,3 +501,25 @@ def test_a_bidirectional_model_has_no_chunks():
     for call in (model.new_cache, lambda: list(sample.stream(model, None, z, 1))):
         with pytest.raises(ValueError, match="causal model"):
             call()
+
+
+def test_lean_norm_is_rms_norm_and_keeps_its_input_alone():
+    """Values and gradients of torch's (float64), also of a frozen weight; of two tensors of x's size, one."""
+    norm = torch.nn.RMSNorm(24, 1e-6).double()
+    torch.nn.init.normal_(norm.weight)
+    x, g = torch.randn(2, 2, 3, 5, 24, dtype=torch.float64).unbind()
+    made = []
+    for function in (norm, lambda x: lean(norm, x)):
+        y, kept = x.clone().requires_grad_(), set()
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda s, kept=kept: kept.add((s.data_ptr(), s.numel())) or s, lambda s: s):
+            out = function(y * 1)
+        made.append([out, *torch.autograd.grad(out, (y, norm.weight), g)])
+        made[-1].append(sum(numel == x.numel() for _, numel in kept))
+    (*wanted, two), (*found, one) = made
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[0], lean(norm, x))  # x needs no gradient
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(found, wanted))
+    assert (one, two) == (1, 2)
+    norm.requires_grad_(False)
+    _, tangent = torch.func.jvp(lambda x: lean(norm, x), (x,), (g,))
+    assert torch.allclose(tangent, torch.func.jvp(norm, (x,), (g,))[1])
