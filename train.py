@@ -146,8 +146,7 @@ class Clips:
     Every process draws the numbers of the whole batch, from a generator that is seeded by the step and common
     to all, and takes its rows. So a run does not depend on where it was resumed, nor (but for a consistency
     rollout) on how many processes share it. Of a micro-batch a process takes rows a stride apart: its share
-    of every kind of time pair. torch's global generator is each process's own: draws from it make nobody
-    wait.
+    of every kind of time pair. torch's global generator is each process's own: nobody waits for it.
     """
 
     def __init__(self, data, recipe, config, shape, device, seed, place=(0, 1), chunks_a_step=None):
@@ -204,10 +203,8 @@ class Clips:
 
     def rollout(self, student, judge, batch):
         """The student's own frames x_hat, with gradient through every jump (of consistency: the last), and
-        what `anyflow.on_policy_step` asks for with it.
-
-        A causal model makes them as when sampling, see `chunk_by_chunk`.
-        """
+        what `anyflow.on_policy_step` asks for with it. A causal model makes them as when sampling. Going back
+        can make them again: a whole clip jump by jump, chunks each with all its jumps."""
         recipe, size, common = self.recipe, self.recipe.batch, batch.common
         t = anyflow.shift_time(batch.here(torch.rand(size, generator=common)), recipe.shift)
         noise = batch.here(torch.randn(size, *self.shape, generator=common))
@@ -217,18 +214,15 @@ class Clips:
         baseline = recipe.rollout == "consistency"
         simulation = anyflow.consistency_simulation if baseline else anyflow.backward_simulation
 
-        cond, frames = dict(text=batch.text), batch.frames if causal_judge else slice(self.shape[0])
-        # Recomputed: a whole clip jump by jump, chunks each with all its jumps.
         by_jump = recipe.recompute_rollout and not self.causal
         network = functools.partial(checkpoint, student, use_reentrant=False) if by_jump else student
         simulate = lambda noise, **past: simulation(network, noise, grid, k, text=batch.text, **past)
-        if self.causal:
-            chunks = batch.cond["chunks"] if causal_judge else self.config.chunk_partition
-            x_hat = self.chunk_by_chunk(student, simulate, batch, chunks)
-        else:
-            x_hat = simulate(batch.clip_noise)
-        if causal_judge:
-            cond |= dict(clean=x_hat.detach(), chunks=chunks)
+        chunks = batch.cond["chunks"] if causal_judge else self.config.chunk_partition
+        judged = min(len(chunks), self.config.full_chunk_limit) if causal_judge else len(chunks)
+        x_hat = (self.chunk_by_chunk(student, simulate, batch, chunks, judged) if self.causal
+                 else simulate(batch.clip_noise))
+        cond = dict(text=batch.text) | (dict(clean=x_hat.detach(), chunks=chunks) if causal_judge else {})
+        frames = batch.frames if causal_judge else slice(self.shape[0])
         x_hat = x_hat[:, frames]
 
         def of_fake(i):
@@ -240,28 +234,26 @@ class Clips:
         of_dmd = dict(t=t, noise=noise[:, frames], guidance=recipe.dmd_guidance, null=batch.null)
         return x_hat, of_dmd, of_fake, cond
 
-    def chunk_by_chunk(self, student, simulate, batch, chunks):
+    def chunk_by_chunk(self, student, simulate, batch, chunks, judged):
         """A causal student's frames. Each chunk is made by `simulate`, then goes, without gradient, into the
         cache that the next one sees. So chunks are independent, once their frames are known: the backward
-        pass can make each again, with a cache of those before it, and needs one chunk's memory; and the
-        gradient of some, drawn anew in each step and scaled, is in the mean that of all.
-        """
-        cache, made, finished, kept = student.new_cache(), [], [], self.recipe.grad_chunks or len(chunks)
-        order = torch.randperm(len(chunks), generator=batch.common) if kept < len(chunks) else range(kept)
+        pass can make each again, with a cache of those before it, in one chunk's memory; and of the last
+        ones, which are judged, the gradient of some, drawn anew and scaled, is in the mean that of all."""
+        cache, made, kept = student.new_cache(), [], self.recipe.grad_chunks or judged
+        order = len(chunks) - judged + torch.randperm(judged, generator=batch.common)
 
         def jumps(noise, caches, finished):  # the first time with the running cache, then with a new one
             past = caches.pop() if caches else student.extend(student.new_cache(), finished, batch.text)
             return simulate(noise, cache=past)
 
+        again = self.recipe.recompute_rollout
+        run = functools.partial(checkpoint, jumps, use_reentrant=False) if again else jumps
         for i, noise in enumerate(batch.clip_noise[:, : sum(chunks)].split(chunks, 1)):
-            inputs = noise, [cache], [*finished]
             with torch.set_grad_enabled(torch.is_grad_enabled() and i in order[:kept]):
-                again = self.recipe.recompute_rollout and torch.is_grad_enabled()
-                made.append(checkpoint(jumps, *inputs, use_reentrant=False) if again else jumps(*inputs))
-            finished.append(made[-1].detach())
+                made.append(run(noise, [cache], [x.detach() for x in made]))
             if i + 1 < len(chunks):
-                student.extend(cache, finished[-1], batch.text)
-        x_hat, scale = torch.cat(made, 1), max(1.0, len(chunks) / kept)
+                student.extend(cache, made[-1].detach(), batch.text)
+        x_hat, scale = torch.cat(made, 1), max(1.0, judged / kept)
         return x_hat if scale == 1 else x_hat.detach() + scale * (x_hat - x_hat.detach())
 
 def seed_of(*numbers):

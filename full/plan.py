@@ -196,7 +196,8 @@ def steps_on_meta(stage, recipe, config, shape, layers, steps=1, place=(0, 1), c
     nets = networks_on_meta(stage, recipe, config, layers)
     for net in nets.values():
         net.to(getattr(torch, recipe.dtype))
-    with counting(nets.values()) as cost:
+    in_turn = lambda n, generator: (torch.arange(n) + run.step * recipe.grad_chunks) % n  # have a gradient
+    with counting(nets.values()) as cost, mock.patch("torch.randperm", in_turn):
         nets = {role: OnMeta(net, shape[2:], text_length, cost) for role, net in nets.items()}
         weights = {role: trained(nets[role]) for role in TRAINED if role in nets}
         optimisers = {role: torch.optim.SGD(params.values(), 0.0) for role, params in weights.items()}
@@ -283,8 +284,7 @@ def cost_of_training(stage, recipe, config, shape, gpus, per_node=8):
     def mean_step(stage, whole_clips):
         """FLOPs over the numbers of chunks that `Clips` draws, anchors and jumps; the highest peak.
 
-        whole_clips: share of steps with flow matching of a whole clip beside.
-        """
+        whole_clips: share of steps with flow matching of a whole clip beside."""
         flops = []
         for chunks in range(min(window, most), most + 1) if causal else [None]:
             depths = (1, 2, 3) if chunks in (None, most) else (1, 2)  # the most chunks need the most memory
@@ -309,7 +309,7 @@ def cost_of_training(stage, recipe, config, shape, gpus, per_node=8):
     if beside == "consistency":
         on_policy, peak = step(stage, window, steps=8)
     else:
-        draws = 8 if causal and 0 < recipe.grad_chunks < most else 1  # of the chunks that have a gradient
+        draws = most // math.gcd(recipe.grad_chunks, most) if causal else 1  # see `steps_on_meta`
         one, _ = step(stage, window, steps=draws, depths=(1, 2), rollout_steps=(1,))
         three, peak = step(stage, window, steps=draws, rollout_steps=(10**6,))
         on_policy = one + (three - one) * statistics.mean(1 - 1 / n for n in recipe.rollout_steps)

@@ -281,17 +281,51 @@ def test_a_rollout_made_again_part_by_part_has_the_same_gradients(kind, judge, c
     assert all((a - b).norm() <= 1e-6 * a.norm() for a, b in zip(kept, again))
 
 
-def test_gradient_through_some_chunks_is_in_the_mean_that_through_all(monkeypatch):
-    """Over all ten choices of two of five chunks: their mean is the whole gradient, each has x_hat itself."""
-    x, whole = gradients_of_a_rollout("causal")
-    chosen, total = [*itertools.combinations(range(5), 2)], 0
+@pytest.mark.parametrize("judge, judged", [("teacher", 5), ("causal", 3)])
+def test_gradient_through_some_chunks_is_in_the_mean_that_through_all(judge, judged, monkeypatch):
+    """Over all choices of two of the judged chunks: their mean is the whole gradient, each has x_hat itself.
+    A causal judge sees the last three of five."""
+    monkeypatch.setattr(train.Clips, "draw_chunks", lambda *args: 5)
+    x, whole = gradients_of_a_rollout("causal", judge)
+    chosen, total = [*itertools.combinations(range(judged), 2)], 0
     for pair in chosen:
-        order = torch.tensor([*pair, *({0, 1, 2, 3, 4} - {*pair})])
-        monkeypatch.setattr(train.torch, "randperm", lambda n, generator, order=order: order)
-        y, part = gradients_of_a_rollout("causal", grad_chunks=2, recompute_rollout=True)
+        order = torch.tensor([*pair, *({*range(judged)} - {*pair})])
+        monkeypatch.setattr(train.torch, "randperm", lambda n, generator, order=order: order[:n])
+        y, part = gradients_of_a_rollout("causal", judge, grad_chunks=2, recompute_rollout=True)
         assert torch.equal(x, y)
-        total = [a + b / len(chosen) for a, b in zip(total, part)] if total else [b / 10 for b in part]
+        part = [b / len(chosen) for b in part]
+        total = [a + b for a, b in zip(total, part)] if total else part
     assert all((a - b).norm() <= 1e-5 * a.norm() for a, b in zip(whole, total))
+
+
+def test_no_chunk_has_a_gradient_that_nobody_judges(monkeypatch):
+    """A causal judge sees a clip's last three chunks. To go back through the others, too, adds nothing."""
+    monkeypatch.setattr(train.Clips, "draw_chunks", lambda *args: 5)
+    calls = []
+    forward = Wan.forward
+    monkeypatch.setattr(Wan, "forward", lambda *args, **cond: (
+        calls.append(torch.is_grad_enabled()), forward(*args, **cond))[1])
+    x, last = gradients_of_a_rollout("causal", "causal")
+    assert calls.count(True) * 2 == calls.count(False) * 3
+    by_chunk = train.Clips.chunk_by_chunk
+    monkeypatch.setattr(train.Clips, "chunk_by_chunk", lambda *args: by_chunk(*args[:-1], 5))
+    y, whole = gradients_of_a_rollout("causal", "causal")
+    assert torch.equal(x, y)
+    assert all((a - b).norm() <= 1e-6 * a.norm() for a, b in zip(whole, last))
+
+
+def test_plan_of_some_chunks_is_the_mean_over_all_choices():
+    """FLOPs rise in a line with the number of chunks that have a gradient, up to those of all."""
+    config, shape = preset("tiny-causal")
+    config, flops = replace(config, chunk_partition=(1, 2, 3)), {}
+    for k in (1, 2, 3, 0):
+        recipe = train.recipe_of("tiny-causal", "onpolicy", dict(
+            batch=2, target="data", rollout_steps=(1,), fake_steps=1, recompute_rollout=True, grad_chunks=k))
+        options = dict(layers=1, steps=3 if k in (1, 2) else 1, place=(0, 1), chunks=3, text_length=4)
+        steps = plan.steps_on_meta("onpolicy", recipe, config, (6, *shape[1:]), **options)
+        flops[k] = sum(made for made, _ in steps) / len(steps)
+    assert flops[1] < flops[2] < flops[3] == flops[0]
+    assert flops[2] - flops[1] == pytest.approx(flops[3] - flops[2], rel=1e-6)
 
 
 @pytest.mark.parametrize("stage", ["flowmap", "onpolicy"])
