@@ -3,6 +3,7 @@
     python tests/bench.py                    # a small network: forward, training step, generation, stream
     python tests/bench.py --only forward     # or stage1, memory, generation, stream, derivative
     python tests/bench.py --only derivative --model FOLDER   # of this network instead of small ones
+    python tests/bench.py --only compiled    # of a rollout made again: gradients beside those of eager mode
     python tests/bench.py --preset wan-1.3b  # true size, on a GPU: forward, 4-step clip, a step of each stage
     python tests/bench.py --preset tiny      # the same on a CPU; --only forward or stages
 
@@ -284,6 +285,31 @@ def derivative(args):
         errors("  and the first layer in float32", du, network, *inputs)
 
 
+def compiled(args):
+    """A rollout made again in compiled blocks: difference of x_hat and, relative, of its gradients to eager
+    mode's."""
+    from unittest import mock
+
+    from test_train import gradients_of_a_rollout
+
+    rollout = train.Clips.rollout
+
+    def in_compiled_blocks(clips, student, judge, batch):
+        compile_blocks(student)
+        return rollout(clips, student, judge, batch)
+
+    for kind in ("anyflow", "causal"):
+        for checkpointing in ("none", "full", "selective"):
+            changes = dict(recompute_rollout=True, checkpointing=checkpointing)
+            x, eager = gradients_of_a_rollout(kind, **changes)
+            with mock.patch.object(train.Clips, "rollout", in_compiled_blocks):
+                y, made = gradients_of_a_rollout(kind, **changes)
+            error = max(((a - b).norm() / a.norm().clamp(min=1e-12)).item() for a, b in zip(eager, made))
+            found = f"{(x - y).abs().max():9.1e}{error:9.1e}"
+            print(f"{kind:8} checkpointing {checkpointing:10}{found}", flush=True)
+            torch._dynamo.reset()
+
+
 def exact(net, z, v, t, r, text):
     """du/dt along (v, 1, 0) in forward mode, which only plain attention has."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -460,7 +486,7 @@ def training_step(name, stage, compiled, rate):
 
 
 SECTIONS = {"forward": forward, "stage1": stage1, "memory": memory, "generation": generation,
-            "stream": stream, "derivative": derivative}
+            "stream": stream, "derivative": derivative, "compiled": compiled}
 
 
 def main():
