@@ -263,7 +263,7 @@ def derivative(args):
         print(f"{name:48}" + "".join(f"{eps:>9}" for eps in EPS))
         rows = {"float32": net}
         blind = copy.deepcopy(net)
-        train.blind(blind, dict(blind.named_parameters()), 20.0)
+        parallel.blind(blind, dict(blind.named_parameters()), 20.0)
         rows["float32, blind"] = blind
         for row, net in rows.items():
             errors(row, exact(net, *inputs), net, *inputs)
