@@ -119,9 +119,9 @@ class WanConfig:
 PRESETS = {
     "wan-1.3b": WanConfig(),
     "wan-14b": WanConfig(num_attention_heads=40, ffn_dim=13824, num_layers=40),
-    "tiny": WanConfig(patch_size=(1, 4, 4), compressed_patch_size=(1, 8, 8), num_attention_heads=3,
+    "tiny": WanConfig(patch_size=(1, 4, 4), compressed_patch_size=(1, 8, 8), num_attention_heads=4,
                       attention_head_dim=24, in_channels=3, out_channels=3, text_dim=32, freq_dim=64,
-                      ffn_dim=144, num_layers=4),
+                      ffn_dim=288, num_layers=4),
 }
 
 

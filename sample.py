@@ -1,6 +1,6 @@
 """A prompt, an image or the start of a video in, a video out: any number of steps, whole or chunk by chunk.
 
-    python sample.py --prompt "a fast blue cross moving up" --steps 4                    # the tiny world
+    python sample.py --prompt "a fast blue cross moving up" --steps 8 2    # the tiny world; 8, then 2 a chunk
     python sample.py --model FOLDER --prompt "a cat on a skateboard" --out cat.mp4       # Wan 2.1, AnyFlow
     python sample.py --model FOLDER --prompt "it rolls away" --image cat.jpg --out cat.mp4
     python sample.py --model FOLDER --prompts vbench.json --per-prompt 5 --out videos    # <prompt>-<i>.mp4

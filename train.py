@@ -107,14 +107,14 @@ WAN["onpolicy"] = dict(steps=1200, lr=2e-6, beta1=0.0, beta2=0.999, warmup=0, em
 WAN_14B = {stage: dict(steps=4000, batch=16) | changes for stage, changes in WAN.items()}
 
 SMALL = dict(beta2=0.99, warmup=100, decay=0.3, ema=0.998, ema_start=0, ema_ramp=True, guidance=1.0,
-             target="teacher", eps=0.02, fastest=20.0, lora=0, dtype="float32", checkpointing="none",
+             target="teacher", fastest=20.0, lora=0, dtype="float32", checkpointing="none",
              compile=False, recompute_rollout=False)
 TINY = {
-    "teacher": SMALL | dict(steps=8000, lr=3e-3, own_times=0.5),
-    "flowmap": SMALL | dict(steps=4000, lr=1e-3, batch=16),
-    "consistency": SMALL | dict(steps=4000, lr=1e-3, batch=16, teacher_steps=8),
-    "onpolicy": SMALL | dict(steps=1000, lr=2e-4, fake_lr=4e-4, batch=16, beta1=0.0, warmup=20, fake_steps=3,
-                             rollout_steps=(1, 2, 4), dmd_guidance=1.0),
+    "teacher": SMALL | dict(steps=5500, lr=3e-3, own_times=0.5),
+    "flowmap": SMALL | dict(steps=2400, lr=6e-4, decay=1.0, batch=16, weight="inverse"),
+    "consistency": SMALL | dict(steps=2400, lr=6e-4, decay=1.0, batch=16, teacher_steps=8),
+    "onpolicy": SMALL | dict(steps=300, lr=2e-4, fake_lr=4e-4, batch=16, beta1=0.0, warmup=20, fake_steps=2,
+                             weight="inverse", dmd=4.0, rollout_steps=(1, 2, 4, 8, 16, 32), dmd_guidance=1.0),
 }
 RECIPES = {"tiny": TINY, "wan-1.3b": WAN, "wan-14b": WAN_14B}
 
@@ -365,7 +365,7 @@ def parse(argv):
     add("stage", choices=STAGES)
     add("--preset", choices=NAMES, required=True)
     add("--out", type=nonempty, help="folder of the result (default out/PRESET-STAGE)")
-    data = f"folder of shards, or a world: {', '.join(WORLDS)} (default of tiny presets: torus)"
+    data = f"folder of shards, or a world: {', '.join(WORLDS)} (default of tiny presets: stars)"
     for key, meaning in ({"data": data} | FOLDERS).items():
         add(f"--{key}", type=nonempty, help=meaning)
     add("--resume", action="store_true", help="go on from the newest checkpoint of --out")
@@ -378,7 +378,7 @@ def parse(argv):
     add_options(parser.add_argument_group("recipe", whose), Recipe, defaults)
     args = parser.parse_args(argv)
     args.out = Path(args.out or f"out/{args.preset}-{args.stage}").resolve()
-    args.data = args.data or ("torus" if args.preset.startswith("tiny") else None)
+    args.data = args.data or ("stars" if args.preset.startswith("tiny") else None)
     return args
 
 def open_data(args, shape, text_dim):
@@ -427,8 +427,8 @@ def run_stage(args):
     adam = dict(betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True)
     optimisers = {role: torch.optim.AdamW(trained(nets[role]).values(), **adam)
                   for role in TRAINED if role in nets}
-    settings = {key: getattr(args, key) or "" for key in ("stage", "preset", "seed", "data", *FOLDERS)}
-    settings |= {"shape": shape, **asdict(recipe), "base": base_of(args, recipe) or ""}
+    settings = {key: getattr(args, key) or "" for key in ("stage", "preset", "data", *FOLDERS)}
+    settings |= {"seed": args.seed, "shape": shape, **asdict(recipe), "base": base_of(args, recipe) or ""}
     if isinstance(data, Shards):
         settings |= {"data": str(Path(args.data).resolve()), "clips": len(data), "bytes": data.bytes}
     settings = json.loads(json.dumps(settings))  # as a checkpoint gives them back

@@ -250,8 +250,8 @@ def derivative(args):
     for name, net in nets.items():
         net, config = net.to(DEVICE).requires_grad_(False), net.config
         if config.in_channels == 3:  # the tiny world, whose v is known
-            x, labels, _ = WORLDS["torus"].clips(range(16), 0)
-            text, velocity = embed(labels), lambda z, t: WORLDS["torus"].velocity(z, t, labels)  # noqa: B023
+            x, labels, _ = WORLDS["stars"].clips(range(16), 0)
+            text, velocity = embed(labels), lambda z, t: WORLDS["stars"].velocity(z, t, labels)  # noqa: B023
         else:  # as the data's, eps - x
             x, text = torch.randn(2, 3, config.in_channels, 8, 8), torch.randn(2, 16, config.text_dim)
             velocity = None

@@ -250,16 +250,21 @@ def losses(rows, names, path):
 
 # ---- The video world -------------------------------------------------------------------------------------
 
-def video_quality(results, path):
-    """Distance to the world's nearest clip and distance of a preview, against network calls, by family."""
+def video_quality(results, also, path):
+    """Distance to the world's nearest clip and distance of a preview, against network calls, by family; pale,
+    the results `also` of other training runs."""
     nfe, families = results["nfe"], results["methods"]
     count = 3 if results["stars"] else 2
     size = 4.6 * len(families), 3.4 * count
     figure, axes = plt.subplots(count, len(families), figsize=size, sharex=True, squeeze=False)
     for column, (family, methods) in zip(axes.T, families.items()):
-        for method, scores in methods.items():
-            column[0].plot(nfe, scores["distance"], markersize=5, **STYLE[method])
-            column[1].plot(nfe[:-1], scores["preview"][:-1], markersize=5, **STYLE[method])
+        runs = [(methods, {}), *((other["methods"][family], dict(alpha=0.35, label=None)) for other in also)]
+        keys = dict(zip(("distance", "preview", "star rate"), column))
+        for key, axis in keys.items():
+            some = slice(len(nfe) - (key == "preview"))  # the last is zero by definition
+            for of_run, look in runs:
+                for method, scores in of_run.items():
+                    axis.plot(nfe[some], scores[key][some], markersize=5, **STYLE[method] | look)
         column[0].set_title(f"{family}\nquality: distance to the nearest clip of the world")
         column[1].set_title(f"same noise: distance to the own {nfe[-1]}-call clip")
         for axis in column[:2]:
@@ -269,8 +274,6 @@ def video_quality(results, path):
             axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
             axis.set(ylabel="better  ←  RMS / RMS of a clip", ylim=(0.8 * lowest, 1.25 * highest))
         for axis in column[2:]:
-            for method, scores in methods.items():
-                axis.plot(nfe, scores["star rate"], markersize=5, **STYLE[method])
             axis.axhline(results["stars"], color="black", lw=0.8)
             _budget_axis(axis, nfe)
             axis.set(yscale="linear", ylabel="share of stars", title="fine detail: stars (line: the truth)")

@@ -32,6 +32,8 @@ NFE = [1, 2, 4, 8, 16, 32]  # network calls, of a causal model for each chunk
 FAMILIES = ("causal", "bidirectional")
 METHODS = ("teacher", "consistency", "anyflow-forward", "anyflow")
 TASKS = {0: "T2V", 1: "I2V: 1 frame given", 3: "V2V: 3 frames given"}
+BUDGETS = {"2 on every chunk": 2, "6 on the first, 1 on the others": [6, 1], "4 on every chunk": 4,
+           "8 on the first, 1 on the others": [8, 1], "1 on every chunk, 6 on the last": [1, 1, 1, 1, 6]}
 STREAM = (1, *[2] * 10)  # frames of the chunks of a long stream
 SHIFT = 5.0  # of the sampling grid, as in training
 
@@ -41,7 +43,7 @@ SHIFT = 5.0  # of the sampling grid, as in training
 # clip.
 STORY = {
     "causal-teacher": "teacher --preset tiny-causal",
-    "bidirectional-teacher": "teacher --preset tiny --init causal-teacher",
+    "bidirectional-teacher": "teacher --preset tiny --init causal-teacher --steps 4500",
     "causal-anyflow-forward": "flowmap --preset tiny-causal --init causal-teacher",
     "causal-anyflow": "onpolicy --preset tiny-causal --init causal-anyflow-forward --teacher causal-teacher"
                       " --judge bidirectional-teacher",
@@ -51,8 +53,8 @@ STORY = {
                              " --teacher bidirectional-teacher",
     "bidirectional-consistency": "consistency --preset tiny --init bidirectional-teacher",
     # Continued training: the student meets a world with a new colour and gravity, without a teacher.
-    "causal-gravity": "flowmap --preset tiny-causal --init causal-anyflow --data gravity --target data"
-                      " --steps 2000",
+    "causal-gravity": "flowmap --preset tiny-causal --init causal-anyflow --data stars-gravity --target data"
+                      " --steps 800",
 }
 
 def train_all(folder, seed, steps):
@@ -149,6 +151,12 @@ class Ruler:
             scores["path_error"] = [x.square().mean().sqrt().item() for x in away]
         return scores, clips, states
 
+    def budgets(self, folder):
+        """{how the calls are spent on the chunks: scores} of a causal model."""
+        model, sampler = Wan.from_pretrained(folder, dtype=torch.float32), sampler_of_folder(folder)
+        clips = {name: self.generate(model, sampler, steps) for name, steps in BUDGETS.items()}
+        return {name: score(x, self.labels, self.world) for name, x in clips.items()}
+
     def drift(self, folder, steps=4, chunks=STREAM):
         """Exposure bias: a causal model goes on from its own chunks, here for more than twice the frames of
         its training. Distance in pixels, by chunk, to where the law takes the object from 3 frames."""
@@ -236,7 +244,11 @@ def table(results):
     names = [name for name in results["methods"]["causal"]["anyflow"] if name not in titles]
     at_4 = {row: [scores[name][NFE.index(4)] for name in names] for row, scores in rows.items()}
     title = "the other scores, at 4 calls (shares of clips; frechet, preview, star grain: 0 is best)"
-    return "\n\n".join([*by_calls, plots.table(title, names, at_4, digits=2, width=11, corner="")])
+    some = ["distance", "star rate", "frechet"] if results["stars"] else ["distance", "frechet"]
+    spent = {name: [scores[key] for key in some] for name, scores in results["budgets"].items()}
+    return "\n\n".join([
+        *by_calls, plots.table(title, names, at_4, digits=2, width=11, corner=""),
+        plots.table("causal AnyFlow, calls spent unevenly", some, spent, width=11, corner="")])
 
 
 # ---- Command line ----------------------------------------------------------------------------------------
@@ -296,6 +308,7 @@ def tell(args):
     results["methods"] = {family: {method: scores for method, (scores, *_) in rows.items()}
                           for family, rows in made.items()}
     results["drift"] = {method: ruler.drift(models / f"causal-{method}") for method in METHODS}
+    results["budgets"] = ruler.budgets(models / "causal-anyflow")
     tasks = {name: ruler.continuation(models / "causal-anyflow", given, 4) for given, name in TASKS.items()}
     results["continuation"] = {name: pixels for name, (pixels, _, _) in tasks.items()}
     results["gravity"] = {"before": measured(falling, "causal-anyflow")[0],
@@ -304,7 +317,8 @@ def tell(args):
     results["claims"] = judge(results)
     results["seconds"] = time.perf_counter() - begin
     write_json(args.out / "results.json", results)
-    plots.video_quality(results, args.out / "quality.png")
+    also = [read_json(path) for path in args.also]
+    plots.video_quality(results, also, args.out / "quality.png")
     plots.chunks(results, args.out / "chunks.png")
     row = 5  # a prompt to show: the same in every figure
     for family in FAMILIES:
@@ -329,6 +343,8 @@ def main(argv=None):
     add("--train", action="store_true", help="train everything anew, into OUT/models")
     add("--steps", type=positive, help="of every stage, to try --train out")
     add("--weights", type=Path, help="folder of trained models (default: those in the repository)")
+    add("--also", type=Path, nargs="+", default=[], metavar="RESULTS", help="results.json of models trained"
+        " with other seeds, drawn beside these")
     add("--keep", type=Path, help="also write the models in bfloat16 into this folder")
     add("--write-shards", type=Path, metavar="FOLDER", help="only write clips as train.py reads them")
     add("--world", choices=WORLDS, default="torus", help="of --write-shards")
