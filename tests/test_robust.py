@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -494,13 +495,15 @@ def test_plan_refuses_what_it_would_not_use(options, capsys):
     assert f"unrecognized arguments: {options[0]}" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """No file grows beyond 500 bytes."""
+    """No file grows beyond 500 bytes; not even pytest's own log, so only within the test."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 NAMES = "results.json", "explore.html", "null.safetensors"
@@ -524,10 +527,11 @@ def write_briefly(name, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_full_disk_is_told_and_loses_nothing(name, tmp_path, monkeypatch, full_disk):
+def test_full_disk_is_told_and_loses_nothing(name, tmp_path, monkeypatch):
     old = tmp_path / name[:12]  # shards are never written over
     old.write_text("old")
-    said = write_briefly(name, tmp_path, monkeypatch)
+    with full_disk():
+        said = write_briefly(name, tmp_path, monkeypatch)
     assert f"cannot write {tmp_path / name}: " in said and "File too large" in said
     assert old.read_text() == "old"
 
