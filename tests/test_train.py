@@ -524,7 +524,8 @@ def test_sample_writes_a_clip_that_goes_on_from_given_frames(story, tmp_path):
     for prompt in prompts:
         clip = load_file(tmp_path / f"{prompt}-0.safetensors")["latents"]
         assert clip.shape == (1, 9, 3, 12, 12) and (tmp_path / f"{prompt}-0.png").exists()
-        true = World().render(torch.tensor([parse_prompt(prompt)]), World().draw(range(1), 5)[1])
+        world, label = WORLDS["stars"], torch.tensor([parse_prompt(prompt)])
+        true = world.render(label, world.draw(range(1), 5)[1], stars=world.twinkle(range(1), 5))
         assert torch.equal(clip[:, :3], true[:, :3])
         assert Image.open(tmp_path / f"{prompt}-0.gif").n_frames == 9
 
