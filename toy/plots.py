@@ -264,7 +264,8 @@ def video_quality(results, also, path):
             some = slice(len(nfe) - (key == "preview"))  # the last is zero by definition
             for of_run, look in runs:
                 for method, scores in of_run.items():
-                    axis.plot(nfe[some], scores[key][some], markersize=5, **STYLE[method] | look)
+                    if key in scores:  # of a world with stars
+                        axis.plot(nfe[some], scores[key][some], markersize=5, **STYLE[method] | look)
         column[0].set_title(f"{family}\nquality: distance to the nearest clip of the world")
         column[1].set_title(f"same noise: distance to the own {nfe[-1]}-call clip")
         for axis in column[:2]:

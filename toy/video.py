@@ -281,12 +281,24 @@ def world_of(folder):
         raise ValueError(f"{folder} was trained on {name}, expected one of the worlds {', '.join(WORLDS)}")
     return WORLDS[name]
 
+def read_results(path):
+    """The results.json of another run of `tell`. ValueError for what is none."""
+    results = read_json(path)
+    rows = results.get("methods") if isinstance(results, dict) and results.get("nfe") == NFE else None
+    try:
+        if all(len(rows[family][method][key]) == len(NFE) for family in FAMILIES for method in METHODS
+               for key in ("distance", "preview")):
+            return results
+    except (TypeError, KeyError):
+        pass
+    raise ValueError(f"--also {path} has not the scores of both families, expected results.json of toy.video")
+
 def tell(args):
     """Train if asked, measure every model, write results.json and all figures, print table and claims."""
     begin = time.perf_counter()
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    models = args.weights or WEIGHTS
+    models, also = args.weights or WEIGHTS, [read_results(path) for path in args.also]
     if args.train:
         models = args.out / "models"
         train_all(models, args.seed, args.steps)
@@ -317,7 +329,6 @@ def tell(args):
     results["claims"] = judge(results)
     results["seconds"] = time.perf_counter() - begin
     write_json(args.out / "results.json", results)
-    also = [read_json(path) for path in args.also]
     plots.video_quality(results, also, args.out / "quality.png")
     plots.chunks(results, args.out / "chunks.png")
     row = 5  # a prompt to show: the same in every figure
