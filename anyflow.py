@@ -29,9 +29,7 @@ The contract of a network. Whatever keeps it, for points, video or molecules, ca
 """
 import torch
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. The path from data to noise
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. The path from data to noise ------------------------------------------------------------------------
 
 def shift_time(t, shift):
     """Move times towards noise: t -> s t / (1 + (s - 1) t), which keeps 0 and 1 fixed (Wan uses s = 5).
@@ -90,15 +88,12 @@ def _expand(t, z):
     return t.reshape(t.shape + (1,) * (z.ndim - t.ndim))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The flow map and the samplers
-#
+# ---- 2. The flow map and the samplers ----------------------------------------------------------------------
 # An ODE dz/dt = v(z, t) joins data and noise. Its average velocity over [r, t], along the path from z_t, is
 #     u(z_t, t, r) = 1/(t - r) * integral_r^t v(z_s, s) ds,      u(z, t, t) = v(z, t),                     (1)
 # so a network that knows u jumps from t to r in one call, over any distance, without discretisation error:
 #     Phi_{r<-t}(z) = z - (t - r) u(z, t, r)                                                               (2)
 # Two jumps make one, Phi_{r<-s}(Phi_{s<-t}(z)) = Phi_{r<-t}(z): any number of steps leads to the same sample.
-# ------------------------------------------------------------------------------------------------------------
 
 def jump(model, z, t, r, **cond):
     """Phi_{r<-t}(z), eq. (2): the state (as z) at time r <= t of the ODE path that passes z at time t."""
@@ -153,14 +148,36 @@ def _visit(model, z, grid, gamma=0.0, **cond):
         states.append(z)
     return states
 
+@torch.no_grad()
+def best_grid(model, noise, steps, *, points=33, shift=1.0, **cond):
+    """Times for `sample`, float64 (steps + 1,): of a shifted grid of `points`, those of the most exact jumps.
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. The teacher: flow matching
-#
+    Two jumps make one, so a jump and two half jumps disagree by about its error: no reference is needed.
+    Errors of jumps in turn add up, unless the flow stretches them: dynamic programming finds the least sum.
+    Errors are RMS over samples from noise (B, ...), a few dozen. 33 points take 993 network calls.
+    """
+    if not (isinstance(steps, int) and 1 <= steps < points):
+        raise ValueError(f"steps is {steps}, expected an integer from 1 to {points - 1}")
+    grid, errors = time_grid(points - 1, shift), torch.full((points, points), torch.inf)
+    states = _visit(model, noise, grid.tolist(), **cond)
+    to = lambda z, i, j: jump(model, z, grid[i].item(), grid[j].item(), **cond)
+    for i in range(points - 1):
+        ends = {i + 1: states[i + 1]} | {j: to(states[i], i, j) for j in range(i + 2, points)}
+        for j, end in ends.items():
+            middle = (i + j) // 2
+            halves = to(ends[middle], middle, j) if j > i + 2 else states[j]
+            errors[i, j] = _squared_error(end, halves).mean().sqrt()
+    least, ways = errors[0], [[0, j] for j in range(points)]  # from 1 to any time in k jumps, first k = 1
+    for _ in range(steps - 1):
+        least, last = (least[:, None] + errors).min(0)
+        ways = [ways[i] + [j] for j, i in enumerate(last.tolist())]
+    return grid[ways[-1]]
+
+
+# ---- 3. The teacher: flow matching -------------------------------------------------------------------------
 # Many straight lines pass through one point z at time t. Regression of their slopes eps - x on z_t finds the
 # mean, v(z, t) = E[eps - x | z_t = z], and the ODE dz/dt = v(z, t) carries noise to data as the lines did.
 # The network is asked for u at r = t, so that teacher and student are one architecture.
-# ------------------------------------------------------------------------------------------------------------
 
 def logit_normal_times(x, shift=1.0):
     """Times (B,) of the teacher's training: sigmoid of a normal, so most are mid-way; then shifted."""
@@ -183,25 +200,19 @@ def _squared_error(a, b):
 
 @torch.no_grad()
 def update_average(average, weights, updates, decay, ramp=True):
-    """Move the average of a run's weights (lists of tensors), which is what is sampled, in place.
-
-    It forgets by `decay` an update and keeps nothing while `updates` is below 0. ramp: it forgets faster
-    while it is young, for short runs; the release's average does not.
-    """
+    """Move the average of a run's weights (lists of tensors), which is sampled, in place: by 1 - decay, all
+    the way while `updates` is below 0. ramp: more while it is young, for short runs; the release does not."""
     young = (updates + 1) / (updates + 10) if ramp else 1.0
     decay = min(decay, young) if updates >= 0 else 0.0
     torch._foreach_lerp_(average, weights, 1 - decay)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Stage 1: forward flow-map training
-#
+# ---- 4. Stage 1: forward flow-map training -----------------------------------------------------------------
 # Multiply (1) by t - r and differentiate along the path, r held fixed:
 #     u(z_t, t, r) = v(z_t, t) - (t - r) du/dt,     du/dt = d_t u + v . grad_z u                           (3)
 # (MeanFlow, 2505.13447). The network is regressed on the right-hand side, computed with its own present
 # weights and without gradient. Where r = t the second term is gone and (3) is flow matching: half of every
 # batch are such ANCHORS, while the other half learns to JUMP.
-# ------------------------------------------------------------------------------------------------------------
 
 def time_pairs(batch, shift=1.0, diffusion=0.5, endpoint=0.25, device=None, generator=None):
     """Training times t >= r, each (batch,): the larger and smaller of two uniforms, shifted.
@@ -224,11 +235,10 @@ def time_weight(t, shift=1.0):
 def central_difference(model, z, v, t, r, eps=0.005, **cond):
     """du/dt of eq. (3), as z: [u(z + e v, t + e, r) - u(z - e v, t - e, r)] / 2e, no gradient.
 
-    It is the mean of du/dt from t - e to t + e: for a network smooth at that scale the derivative, to O(e^2),
-    and a smoothing of what turns within e. The derivative of sin(w t) comes out times sin(w e)/(w e): for the
-    fastest sinusoid of Wan's time embedding, w = 1000, and the published e = 0.005, times -0.19. Forwards are
-    all it needs; a Jacobian-vector product fails in flash attention, flex attention and FSDP2. + and - share
-    one call. t +- e is clamped to [0, 1], the quotient over the gap that is left: one-sided there, to O(e).
+    It is the mean of du/dt from t - e to t + e: for a network smooth at that scale the derivative, to O(e^2).
+    That of sin(w t) comes out times sin(w e)/(w e): for the fastest sinusoid of Wan's time embedding (w 1000)
+    and the published e = 0.005, times -0.19. Forwards are all it needs; a Jacobian-vector product fails in
+    flash and flex attention and FSDP2. t +- e, in one call, is clamped to [0, 1]: one-sided there, to O(e).
     """
     t, r = as_times(z, t, r)
     later, earlier = (t + eps).clamp(max=1), (t - eps).clamp(min=0)
@@ -270,7 +280,6 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     t, r = _falling(x, t, r)
     z, jumps = interpolate(x, noise, t), (t > r).reshape(len(x), -1).any(1)
     u = model(z, t, r, **cond)
-
     with torch.no_grad():
         v = noise - x
         of_teacher = _expand(jumps, z) | (not data_anchors)
@@ -316,14 +325,12 @@ def _each_tensor(cond, function):
 def _balance(loss, jumps, sums=None, tiny=1e-5):
     """Losses (B,), each jump's rescaled to the mean of the anchors': l * mean / l, the factor a constant.
 
-    Jumps have errors of another size than velocities, and this keeps both in view. With one time a sample, it
-    cancels the weight of a jump, which is in l too. And it flattens the logged loss: every jump counts as the
-    mean anchor, so jumps that are a hundred times worse leave it as it was; `parts` shows them. It wants
-    samples of many numbers (over the two coordinates of a point, 1/l is noise), and anchors from data, whose
-    variance keeps the mean above zero: a student that starts as its teacher has no error against it.
-    The mean is over all processes, and, with `sums`, over the micro-batches of a step: a tensor (2,), zero at
-    the start of a step, which gathers their anchors' losses and number. It is exact if anchors come first.
-    Without an anchor, nothing is rescaled.
+    With one time a sample, it cancels the weight of a jump, which is in l too; and since every jump counts as
+    the mean anchor, the logged loss does not tell good jumps from bad ones: `parts` does. It wants samples of
+    many numbers (over the two coordinates of a point, 1/l is noise), and anchors from data, whose variance
+    keeps the mean above zero: a student that starts as its teacher has no error against it.
+    The mean is over all processes and, with `sums`, a tensor (2,) that is zero at the start of a step, over
+    its micro-batches: exact if anchors come first. Without an anchor, nothing is rescaled.
     """
     anchors = (~jumps).to(loss.dtype)
     total = sum_over_processes(torch.stack([(anchors * loss.detach()).sum(), anchors.sum()]))
@@ -340,14 +347,11 @@ def sum_over_processes(x):
     return x
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. Stage 2: on-policy distillation
-#
+# ---- 5. Stage 2: on-policy distillation --------------------------------------------------------------------
 # Stage 1 sees states made from data. A student that samples sees its own, with the errors of its earlier
 # jumps in them. So roll it out as it will be used, judge the sample x_hat, and send the gradient back.
 # To differentiate N steps is too dear, but the flow map makes them at most three jumps, however large N is:
 #     noise --(jump)--> z at grid[k] --(the step being trained)--> z at grid[k+1] --(jump)--> x_hat        (4)
-# ------------------------------------------------------------------------------------------------------------
 
 def backward_simulation(model, noise, grid, k, **cond):
     """x_hat (as noise) by eq. (4), with gradient through all its calls: at most three, without empty jumps.
@@ -405,11 +409,11 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
         data ---------------- eq. (3), the loss of stage 1 ----------------------------------------> student
                                             +--> detached, flow matching --------------------------> fake
 
-    First the student, then the fake score. The student is judged by a fake score that knows the samples of
-    the step before, which differ by one small update. The fake score then learns the very samples that were
-    judged, so that one rollout serves both; or, as published, FRESH ones, which the updated student makes in
-    a second rollout without gradient. If the fake score lags, the student follows its error: then more
-    fake_steps, or a slower student, helps. Stage 1's loss keeps the jumps that no rollout visits.
+    First the student, judged by a fake score that knows the samples of the step before, which differ by one
+    small update. The fake score then learns the very samples that were judged, so that one rollout serves
+    both; or, as published, FRESH ones, which the updated student makes in a second rollout without gradient.
+    If it lags, the student follows its error: then more fake_steps, or a slower student, helps. Stage 1's
+    loss keeps the jumps that no rollout visits.
 
     batches                what each backward pass takes: a batch, or its micro-batches one by one
     fresh(i)               such batches for the i-th update of the fake score; None: those of `batches` again
@@ -435,13 +439,10 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
         update("fake")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. The baseline: consistency distillation
-#
+# ---- 6. The baseline: consistency distillation -------------------------------------------------------------
 # It learns only r = 0: f(z, t) = Phi_{0<-t}(z). To take several steps it must return to noise after each,
 #     x = f(z_t, t),     z_r = (1 - r) x + r eps'   with FRESH noise eps',                                 (6)
 # which leaves the ODE path: the sample forgets where it came from, and every step adds an error of its own.
-# ------------------------------------------------------------------------------------------------------------
 
 def consistency_sample(model, noise, steps, *, shift=1.0, path=False, **cond):
     """From noise (B, ...) to a sample by eq. (6) in `steps` calls. path=True: every state, as in `sample`."""
@@ -452,8 +453,7 @@ def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1
     """|| f(z_t, t) - stopgrad f(z_s, s) ||^2, z_s one midpoint step of the teacher below z_t on its ODE path.
 
     At s = 0, f(z, 0) = z is exact; from there the truth spreads upwards, step by step. Why midpoints: Heun's
-    step asks for v at s, also near 0. On a smooth density v has a limit there. On data of low dimension it
-    has none, since a clean sample does not tell its noise.
+    step asks for v at s, also near 0, where on data of low dimension v has no limit.
     steps: how many of them divide [0, 1], evenly before the shift. t: (B,), uniform and shifted if not given.
     weight: a function of t, 1 if not given.
     """

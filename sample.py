@@ -11,6 +11,9 @@ brings its VAE and text encoder; without them, embeddings go in (--text) and lat
 the name of a model on the hub, as nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers.
 """
 
+import full  # noqa: F401
+
+# isort: split
 import argparse
 import functools
 import importlib.util

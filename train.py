@@ -11,6 +11,9 @@ is the layout of diffusers, as input and as result. Checkpoints are in OUT/check
 from the newest, on a CPU bit for bit. Under torchrun the networks are sharded (FSDP2): see full/README.md.
 """
 
+import full  # noqa: F401
+
+# isort: split
 import argparse
 import functools
 import gc

@@ -130,6 +130,52 @@ def test_own_times_of_the_exact_flow_map_give_the_same_sample_and_are_visited():
     assert torch.equal(anyflow.sample(exact, noise, even), anyflow.sample(exact, noise, 3, shift=5.0))
 
 
+class Bent(torch.nn.Module):
+    """Keeps every state, but for jumps that cross one time, which have the average velocity 1."""
+
+    def __init__(self, bend):
+        super().__init__()
+        self.bend, self.calls = bend, 0
+
+    def forward(self, z, t, r, **cond):
+        self.calls += 1
+        wrong = (r + 1e-6 < self.bend) & (self.bend < t - 1e-6)
+        return wrong[:, None].to(z.dtype).expand_as(z)
+
+
+def test_best_grid_stops_where_jumps_must_not_cross():
+    noise = torch.randn(3, 2, dtype=torch.float64)
+    for bend in (24, 5):
+        model = Bent(anyflow.time_grid(32, 3.0)[bend].item())
+        grid = anyflow.best_grid(model, noise, 2, shift=3.0)
+        assert model.calls <= 1000
+        assert torch.equal(grid, anyflow.time_grid(32, 3.0)[[0, bend, 32]])
+
+
+def test_best_grid_is_the_least_sum_of_all_grids(net):
+    noise, points, steps = torch.randn(16, 2, dtype=torch.float64), 8, 3
+    net.requires_grad_(False)
+    times = anyflow.time_grid(points - 1)
+
+    def error(i, j):
+        """RMS between the jump and two half jumps, from the path of the finest ones."""
+        z = anyflow.sample(net, noise, points - 1, path=True)[i]
+        whole, *halves = (anyflow.jump(net, z, times[i].item(), times[k].item()) for k in (j, (i + j) // 2))
+        half = halves[0] if (i + j) // 2 > i else z
+        last = anyflow.jump(net, half, times[max(i, (i + j) // 2)].item(), times[j].item())
+        return (whole - last).square().mean().sqrt().item() if j > i + 1 else 0.0
+
+    ways = [(0, *some, points - 1) for some in itertools.combinations(range(1, points - 1), steps - 1)]
+    best = min(ways, key=lambda way: sum(error(i, j) for i, j in zip(way, way[1:])))
+    assert torch.equal(anyflow.best_grid(net, noise, steps, points=points), times[list(best)])
+
+
+@pytest.mark.parametrize("steps", [0, 33, 2.0, [1, 0.5, 0]])
+def test_best_grid_refuses_other_budgets(net, steps):
+    with pytest.raises(ValueError, match="expected an integer from 1 to 32"):
+        anyflow.best_grid(net, torch.randn(3, 2, dtype=torch.float64), steps)
+
+
 def test_sampler_without_averages_is_euler(net):
     noise = torch.randn(5, 2, dtype=torch.float64)
     z, grid = noise, anyflow.time_grid(3, 5.0)

@@ -1,0 +1,1 @@
+import full  # noqa: F401

@@ -331,6 +331,12 @@ class Ruler:
                  for z in self.noise[:points].split(2048)]
         return torch.cat([part[-1] for part in parts]), parts[0][:, : self.exact.shape[1]]
 
+    def best_times(self, net):
+        """{calls: distance at the times of `anyflow.best_grid`, which are found with other noise}."""
+        found_with = torch.randn(1024, 2, generator=torch.Generator().manual_seed(1))
+        times = {n: anyflow.best_grid(net, found_with, n) for n in (2, 4, 8)}
+        return {n: self.swd(self.sample(net, grid, self.points, 0.0)[0]) for n, grid in times.items()}
+
     def measure(self, method, net):
         """Per NFE: {"swd", "path_error", "budget_drift"}, the samples, and the traced points' states."""
         scores, states, samples = {"swd": [], "path_error": [], "budget_drift": []}, [], []
@@ -419,7 +425,8 @@ def choose_gamma(args):
 def run(args):
     start, floors, seconds = time.perf_counter(), [], {}
     results = {"density": args.density, "options": vars(args) | {"out": str(args.out)}, "nfe": NFE,
-               "gamma": [*map(gamma_of, NFE)], "floor": 0.0, "floor_ode": 0.0, "methods": {}}
+               "gamma": [*map(gamma_of, NFE)], "floor": 0.0, "floor_ode": 0.0, "methods": {},
+               "best_times": {}}
     for nets, took, ruler in trained(args, args.methods):
         samples, states = {}, {}
         for name, net in nets.items():
@@ -430,6 +437,8 @@ def run(args):
                     row.append(value)
             seconds.setdefault(name, []).append(took[name])
             entry["train_seconds"] = statistics.median(seconds[name])  # of this stage alone
+            if name in ("anyflow-forward", "anyflow"):
+                results["best_times"].setdefault(name, []).append(ruler.best_times(net))
         floors.append((ruler.floor, ruler.floor_ode))
         results["floor"], results["floor_ode"] = map(statistics.median, zip(*floors))
         results["claims"] = plots.judge(results)

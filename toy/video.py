@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from anyflow import time_grid
+from anyflow import best_grid, time_grid
 from full.files import hold, provenance, read_json, write, write_json
 from full.options import command, end_with_parent, positive
 from model import Wan
@@ -143,9 +143,7 @@ class Ruler:
         clips = [x[-1] for x in clips] if path else clips
         rows = [score(x, self.labels, self.world) for x in clips]
         scores = {key: [row[key] for row in rows] for key in rows[0]}
-        size = clips[-1].square().mean((1, 2, 3, 4))
-        drift = [((x - clips[-1]).square().mean((1, 2, 3, 4)) / size).sqrt().mean().item() for x in clips]
-        scores["preview"] = drift
+        scores["preview"] = [apart(x, clips[-1]) for x in clips]
         if path:  # of the states visited after the noise
             away = [torch.tensor(self.away(x))[1:] for x in states]
             scores["path_error"] = [x.square().mean().sqrt().item() for x in away]
@@ -156,6 +154,20 @@ class Ruler:
         model, sampler = Wan.from_pretrained(folder, dtype=torch.float32), sampler_of_folder(folder)
         clips = {name: self.generate(model, sampler, steps) for name, steps in BUDGETS.items()}
         return {name: score(x, self.labels, self.world) for name, x in clips.items()}
+
+    def best_times(self, folder):
+        """{calls, at even times or those of `anyflow.best_grid`, found with other noise: scores}."""
+        model, rows = Wan.from_pretrained(folder, dtype=torch.float32), {}
+        torch.manual_seed(self.seed + 1)
+        noise, text = torch.randn(self.shape)[:48:3], embed(self.labels[:48:3])
+        last = self.generate(model, None, NFE[-1])
+        for n in (2, 4, 8):
+            best = best_grid(model, noise, n, shift=SHIFT, text=text)
+            for name, steps in {"even": n, "best": best}.items():
+                x = self.generate(model, None, steps)
+                scores = score(x, self.labels, self.world)
+                rows[f"{n} calls, {name} times"] = scores | {"preview": apart(x, last)}
+        return rows
 
     def drift(self, folder, steps=4, chunks=STREAM):
         """Exposure bias: a causal model goes on from its own chunks, here for more than twice the frames of
@@ -182,6 +194,11 @@ class Ruler:
             start, _ = nearest(made[:, :1], self.labels, self.world)
         centre = start[:, None] + self.world.offsets(self.labels)
         return wrap(track(made, self.world.stars)[2] - centre).norm(dim=2).mean(0).tolist(), made, true
+
+def apart(clips, others):
+    """Distance of clips to others, RMS over that of the others, mean."""
+    mean = lambda x: x.square().mean((1, 2, 3, 4))
+    return (mean(clips - others) / mean(others)).sqrt().mean().item()
 
 def judge(results):
     """The claims, each decided by the numbers in results: [{"claim", "holds", "figures"}]."""
@@ -245,10 +262,14 @@ def table(results):
     at_4 = {row: [scores[name][NFE.index(4)] for name in names] for row, scores in rows.items()}
     title = "the other scores, at 4 calls (shares of clips; frechet, preview, star grain: 0 is best)"
     some = ["distance", "star rate", "frechet"] if results["stars"] else ["distance", "frechet"]
-    spent = {name: [scores[key] for key in some] for name, scores in results["budgets"].items()}
+    given = lambda rows, names: {row: [scores[name] for name in names] for row, scores in rows.items()}
+    times = [*some, "preview"]
     return "\n\n".join([
         *by_calls, plots.table(title, names, at_4, digits=2, width=11, corner=""),
-        plots.table("causal AnyFlow, calls spent unevenly", some, spent, width=11, corner="")])
+        plots.table("causal AnyFlow, calls spent unevenly", some, given(results["budgets"], some), width=11,
+                    corner=""),
+        plots.table("bidirectional AnyFlow, even times and those of anyflow.best_grid", times,
+                    given(results["best_times"], times), width=11, corner="")])
 
 
 # ---- Command line ----------------------------------------------------------------------------------------
@@ -321,6 +342,7 @@ def tell(args):
                           for family, rows in made.items()}
     results["drift"] = {method: ruler.drift(models / f"causal-{method}") for method in METHODS}
     results["budgets"] = ruler.budgets(models / "causal-anyflow")
+    results["best_times"] = ruler.best_times(models / "bidirectional-anyflow")
     tasks = {name: ruler.continuation(models / "causal-anyflow", given, 4) for given, name in TASKS.items()}
     results["continuation"] = {name: pixels for name, (pixels, _, _) in tasks.items()}
     results["gravity"] = {"before": measured(falling, "causal-anyflow")[0],
