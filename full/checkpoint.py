@@ -154,9 +154,9 @@ class Run:
         wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
         if wrong:
             raise Damaged(f"{folder} is damaged: {', '.join(wrong)} changed")
-        made = read_json(folder / "settings.json")
-        changed = [f"{key} {made.get(key)!r} -> {self.settings.get(key)!r}"
-                   for key in sorted(made | self.settings) if made.get(key) != self.settings.get(key)]
+        made, mine = read_json(folder / "settings.json"), self.settings
+        changed = [f"{key} {made.get(key)!r} -> {mine.get(key)!r}" for key in sorted(made | mine)
+                   if repr(made.get(key)) != repr(mine.get(key))]  # True is not 1.0
         if changed:
             raise ValueError(f"{folder} was made with other settings: {', '.join(changed)}")
         try:

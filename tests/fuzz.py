@@ -2,7 +2,7 @@
 
     python tests/fuzz.py                       # all
     python tests/fuzz.py --cases 30 --seed 1   # a random thirty
-    python tests/fuzz.py --kills 8             # kill runs at random instants, resume: bit for bit
+    python tests/fuzz.py --kills 14            # kill runs at random instants, repeat: bit for bit
 
 Each declared value gets its type's wrong neighbours and what lies beyond its range's ends; each file is
 missing, empty, cut, random, a folder, a FIFO or a link in a circle. A published folder's parts (VAE, text
@@ -287,36 +287,64 @@ def ended(case, base):
             return None
         return None if len(lines) == 1 else f"{len(lines)} lines, first {lines[:1]}"
 
+HERE = f"import sys; sys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}; import fuzz;"
+
+def prepare_numbers(out):
+    """`prepare` of sixty videos, three a shard, without VAE, text encoder and ffmpeg."""
+    from test_robust import read_number
+    from test_train import Codec
+
+    videos, codec = Path(f"{out}-videos"), Codec()
+    videos.mkdir(exist_ok=True)
+    for i in range(60):
+        (videos / f"{i}.mp4").touch(), (videos / f"{i}.txt").write_text(f"clip {i}")
+    prepare.read_video = lambda *given: (time.sleep(0.05), read_number(*given))[1]
+    prepare.prepare(videos, Path(out), (3, 3, 4, 6), 32, codec, codec, "", size=3)
+
+def tensors(folder):
+    """All that a run leaves, but for its checkpoints."""
+    return {(path.relative_to(folder), name): value for path in sorted(folder.glob("**/*.safetensors"))
+            if "checkpoints" not in path.parts for name, value in load_file(path).items()}
+
 def kills(count, chance):
-    """How many of `count` killed and resumed runs end in other weights than the undisturbed one."""
-    brief = ["--preset", "tiny", "--steps", "12", "--batch", "2", "--save-every", "1"]
-    start = ["--init", "teacher", "--teacher", "teacher"]
-    stages = {"teacher": [], "flowmap": start, "consistency": start,
-              "onpolicy": ["--init", "flowmap", "--teacher", "teacher"]}
+    """How many of `count` killed and repeated runs leave other tensors than the undisturbed one."""
     with tempfile.TemporaryDirectory() as place:
-        def go(stage, out, *more):
-            words = [f"{place}/{word}" if word in stages else word for word in stages[stage]]
-            command = [sys.executable, "train.py", stage, *brief, *words, "--out", f"{place}/{out}", *more]
-            return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        brief = "--preset tiny --steps 12 --batch 2 --save-every 1 --device cpu"
+        start = f"{brief} --init {place}/teacher --teacher {place}/teacher"
+        stages = {"teacher": f"teacher {brief}", "flowmap": f"flowmap {start}",
+                  "consistency": f"consistency {start}",
+                  "onpolicy": f"onpolicy {brief} --init {place}/flowmap --teacher {place}/teacher"}
+        two = f"-m torch.distributed.run --standalone --nproc-per-node 2 train.py teacher {brief} --out"
+        jobs = {stage: ["train.py", *words.split(), "--out"] for stage, words in stages.items()}
+        jobs |= {"one of two": two.split(), "prepare": ["-c", f"{HERE} fuzz.prepare_numbers(sys.argv[1])"],
+                 "story": ["-c", f"{HERE} fuzz.video.train_all(fuzz.Path(sys.argv[1]), 0, 2)"]}
+
+        def go(job, out):
+            more = ["--resume"] * ("--out" in jobs[job] and any(out.glob("checkpoints/step-*")))
+            silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            return subprocess.Popen([sys.executable, *jobs[job], str(out), *more], cwd=ROOT, **silent)
 
         seconds, other = {}, 0
-        for stage in list(stages)[: max(count, 2)]:
+        for job in [*jobs][: max(count, 2)]:
             begin = time.time()
-            assert go(stage, stage).wait() == 0, f"stage {stage} failed undisturbed"
-            seconds[stage] = time.time() - begin
+            assert go(job, Path(place, job)).wait() == 0, f"{job} failed undisturbed"
+            seconds[job] = time.time() - begin
         for i in range(count):
-            stage, how = list(stages)[i % 4], chance.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
-            process = go(stage, i)
-            time.sleep(chance.uniform(0.3, 1) * seconds[stage])
-            process.send_signal(how)
+            job, how = [*jobs][i % len(jobs)], chance.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+            out = Path(place, f"killed-{i}")
+            process = go(job, out)
+            time.sleep(chance.uniform(0.3, 1) * seconds[job])
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            ranks = children.read_text().split() if job == "one of two" and children.exists() else []
+            os.kill(int(chance.choice(ranks)), how) if ranks else process.send_signal(how)
             if process.wait():
-                go(stage, i, *["--resume"] * any(Path(place, str(i)).glob("checkpoints/step-*"))).wait()
-            path, wanted = Path(place, str(i), WEIGHTS), load_file(f"{place}/{stage}/{WEIGHTS}")
-            made = load_file(path) if path.exists() else {}
-            if not all(name in made and torch.equal(made[name], value) for name, value in wanted.items()):
+                time.sleep(2)  # children end after it
+                go(job, out).wait()
+            wanted, made = tensors(Path(place, job)), tensors(out)
+            if made.keys() != wanted.keys() or not all(map(torch.equal, made.values(), wanted.values())):
                 other += 1
-                print(f"kill {i}, {stage}, {how.name}: other weights, or none")
-        print(f"{count - other} of {count} killed runs ended in the undisturbed run's weights, bit for bit")
+                print(f"kill {i}, {job}, {how.name}: other tensors, or none", flush=True)
+        print(f"{count - other} of {count} killed and repeated runs left the undisturbed run's tensors")
         return other
 
 def main():
