@@ -44,7 +44,7 @@ from full.options import add_options, check, command, nonempty, option, positive
 from full.parallel import TRAINED, Means, assemble, clip_norm, main_process, place, start_processes, trained
 from full.pixels import save
 from toy import plots
-from toy.world import WORLDS, enlarge
+from toy.world import WORLDS, ExactTeacher, enlarge
 
 # ---- Recipes ---------------------------------------------------------------------------------------------
 
@@ -371,6 +371,7 @@ def parse(argv):
     data = f"folder of shards, or a world: {', '.join(WORLDS)} (default of tiny presets: stars)"
     for key, meaning in ({"data": data} | FOLDERS).items():
         add(f"--{key}", type=nonempty, help=meaning)
+    add("--exact-teacher", action="store_true", help="a world's velocity teaches and judges; needs --drop 0")
     add("--resume", action="store_true", help="go on from the newest checkpoint of --out")
     add("--save-every", type=positive, default=500, help="steps between checkpoints (default 500)")
     add("--sample-every", type=positive, help="steps between sample clips, into OUT/samples (default: none)")
@@ -427,11 +428,16 @@ def run_stage(args):
     make = from_folders(args.stage, recipe, args, config, is_baseline(args.stage, recipe))
     nets = networks(args.stage, recipe, is_baseline(args.stage, recipe), make)
     assemble(nets, recipe, device)
+    if args.exact_teacher:
+        if isinstance(data, Shards) or config.kind == "causal" or "teacher" not in nets:
+            raise ValueError("--exact-teacher needs a world, a bidirectional student, a stage with a teacher")
+        nets |= {role: ExactTeacher(data) for role in {"teacher", "judge"} & nets.keys()}
     adam = dict(betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True)
     optimisers = {role: torch.optim.AdamW(trained(nets[role]).values(), **adam)
                   for role in TRAINED if role in nets}
     settings = {key: getattr(args, key) or "" for key in ("stage", "preset", "data", *FOLDERS)}
     settings |= {"seed": args.seed, "shape": shape, **asdict(recipe), "base": base_of(args, recipe) or ""}
+    settings |= {"teacher": "exact"} if args.exact_teacher else {}
     if isinstance(data, Shards):
         settings |= {"data": str(Path(args.data).resolve()), "clips": len(data), "bytes": data.bytes}
     settings = json.loads(json.dumps(settings))  # as a checkpoint gives them back

@@ -26,13 +26,13 @@ import sample
 import train
 from full import checkpoint, folders, lora, plan, prepare
 from full.data import Shards, preset
-from full.files import WEIGHTS
+from full.files import WEIGHTS, provenance
 from full.options import check, expected, option
 from full.parallel import adapt, assemble
 from full.pixels import read_video
 from model import Wan, WanConfig, chunk_mask
 from toy.video import write_shards
-from toy.world import WORLDS, World, parse_prompt
+from toy.world import WORLDS, ExactTeacher, World, parse_prompt
 
 ROOT = Path(__file__).parents[1]
 BRIEF = ["--batch", "8", "--lr", "1e-3", "--warmup", "0"]
@@ -856,3 +856,25 @@ def test_presets_carry_the_published_recipe():
 
 def test_environment_is_left_alone():
     assert "RANK" not in os.environ and not torch.distributed.is_initialized()
+
+
+def test_exact_teacher_is_the_velocity_of_the_world():
+    world = WORLDS["stars"]
+    clips, text = world.batch(range(6), seed=3)
+    t, (labels, _) = torch.linspace(0.1, 1, 6), world.draw(range(6), 3)
+    z = anyflow.interpolate(clips, torch.randn_like(clips), t)
+    assert torch.equal(ExactTeacher(world)(z, t, t, text), world.velocity(z, t, labels))
+    with pytest.raises(ValueError, match="no null prompt, expected --drop 0"):
+        ExactTeacher(world)(z, t, t, world.null.expand_as(text))
+
+
+def test_exact_teacher_takes_the_place_of_teacher_and_judge(story, tmp_path):
+    exact = ["--preset", "tiny", "--exact-teacher", "--steps", 1, "--batch", 2, "--drop", 0]
+    run("flowmap", *exact, "--init", story["teacher"], "--out", tmp_path / "forward")
+    run("onpolicy", *exact, "--init", tmp_path / "forward", "--teacher", story["teacher"],
+        "--out", tmp_path / "anyflow")
+    assert provenance(tmp_path / "anyflow")["teacher"] == "exact"
+    causal = ["flowmap", "--init", story["causal-teacher"], "--preset", "tiny-causal"]
+    for more in (["flowmap", "--target", "data", "--init", story["teacher"]], causal, ["teacher"]):
+        said = refused(more[0], *exact, *more[1:], "--out", tmp_path / "x")
+        assert "--exact-teacher needs a world" in said

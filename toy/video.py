@@ -57,14 +57,15 @@ STORY = {
                       " --steps 800",
 }
 
-def train_all(folder, seed, steps):
+def train_all(folder, seed, steps, exact=False):
     """Run STORY into folder/NAME, on a CPU two stages at a time with half of the cores each.
 
-    steps: of every stage, or None for the preset's. What an interrupted training has finished is kept, what
-    it had begun is resumed; ValueError if that was with other settings. RuntimeError: a stage failed.
+    steps: of every stage, or None for the preset's. exact: the bidirectional students learn from the exact
+    velocity. What an interrupted training has finished is kept, what it had begun is resumed; ValueError if
+    that was with other settings. RuntimeError: a stage failed.
     """
     hold(folder)
-    settings, path = {"seed": seed, "steps": steps}, folder / "story.json"
+    settings, path = {"seed": seed, "steps": steps, "exact": exact}, folder / "story.json"
     if path.exists() and read_json(path) != settings:
         raise ValueError(f"{folder} was trained with {read_json(path)}, expected {settings} or another --out")
     write_json(path, settings)
@@ -77,6 +78,8 @@ def train_all(folder, seed, steps):
         words = [str(folder / word) if word in STORY else word for word in STORY[name].split()]
         command = [sys.executable, "train.py", *words, "--out", str(folder / name), "--seed", str(seed)]
         command += ["--steps", str(steps)] if steps else []
+        if exact and name.startswith("bidirectional") and not name.endswith("teacher"):
+            command += ["--exact-teacher", "--drop", "0"]
         command += ["--resume"] if [*(folder / name).glob("checkpoints/step-*")] else []
         with open(folder / f"{name}.txt", "w") as out:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out,
@@ -322,7 +325,7 @@ def tell(args):
     models, also = args.weights or WEIGHTS, [read_results(path) for path in args.also]
     if args.train:
         models = args.out / "models"
-        train_all(models, args.seed, args.steps)
+        train_all(models, args.seed, args.steps, args.exact_teacher)
     trained = time.perf_counter() - begin
     if args.keep:
         keep(models, args.keep)
@@ -375,6 +378,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--train", action="store_true", help="train everything anew, into OUT/models")
     add("--steps", type=positive, help="of every stage, to try --train out")
+    add("--exact-teacher", action="store_true", help="with --train: the bidirectional students learn from the"
+        " exact velocity, not from a trained teacher")
     add("--weights", type=Path, help="folder of trained models (default: those in the repository)")
     add("--also", type=Path, nargs="+", default=[], metavar="RESULTS", help="results.json of models trained"
         " with other seeds, drawn beside these")

@@ -12,6 +12,7 @@ A clip is (F, 3, 12, 12): background 0, colours at -2 and 2, a unit of variance 
 import functools
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -179,6 +180,20 @@ def true_frames(name, prompt, frames, seed):
     world, first = WORLDS[name], range(1)
     label, start = torch.tensor([parse_prompt(prompt)]), world.draw(first, seed)[1]
     return world.render(label, start, stars=world.twinkle(first, seed))[:, :frames]
+
+class ExactTeacher:
+    """The exact velocity of a world, called as a bidirectional teacher is. It knows no null prompt."""
+
+    config = SimpleNamespace(kind="exact")
+
+    def __init__(self, world):
+        self.world, self.labels = world, torch.cartesian_prod(*(torch.arange(len(kind)) for kind in KINDS))
+
+    def __call__(self, z, t, r, text):
+        away = torch.cdist(text.flatten(1).float().cpu(), embed(self.labels).flatten(1))  # (B, prompts)
+        if away.amin(1).max() > 1:
+            raise ValueError("--exact-teacher knows no null prompt, expected --drop 0")
+        return self.world.velocity(z, t, self.labels[away.argmin(1)].to(z.device))
 
 class Pixels:
     """As `full.pixels.Published`, for models of these worlds: a prompt is labels, a latent a pixel."""
