@@ -429,8 +429,8 @@ def run_stage(args):
     nets = networks(args.stage, recipe, is_baseline(args.stage, recipe), make)
     assemble(nets, recipe, device)
     if args.exact_teacher:
-        if isinstance(data, Shards) or config.kind == "causal" or "teacher" not in nets:
-            raise ValueError("--exact-teacher needs a world, a bidirectional student, a stage with a teacher")
+        if isinstance(data, Shards) or config.kind == "causal" or "teacher" not in nets or recipe.drop:
+            raise ValueError("--exact-teacher needs a world, a bidirectional student with a teacher, --drop 0")
         nets |= {role: ExactTeacher(data) for role in {"teacher", "judge"} & nets.keys()}
     adam = dict(betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True)
     optimisers = {role: torch.optim.AdamW(trained(nets[role]).values(), **adam)
