@@ -430,7 +430,7 @@ def run_stage(args):
     assemble(nets, recipe, device)
     if args.exact_teacher:
         if isinstance(data, Shards) or config.kind == "causal" or "teacher" not in nets or recipe.drop:
-            raise ValueError("--exact-teacher needs a world, a bidirectional student with a teacher, --drop 0")
+            raise ValueError("--exact-teacher needs a world, a bidirectional student with teacher, --drop 0")
         nets |= {role: ExactTeacher(data) for role in {"teacher", "judge"} & nets.keys()}
     adam = dict(betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True)
     optimisers = {role: torch.optim.AdamW(trained(nets[role]).values(), **adam)

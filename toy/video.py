@@ -162,7 +162,7 @@ class Ruler:
         """{calls, at even times or those of `anyflow.best_grid`, found with other noise: scores}."""
         model, rows = Wan.from_pretrained(folder, dtype=torch.float32), {}
         torch.manual_seed(self.seed + 1)
-        noise, text = torch.randn(self.shape)[:48:12], embed(self.labels[:48:12])  # few, as 993 calls take a while
+        noise, text = torch.randn(self.shape)[:48:12], embed(self.labels[:48:12])  # few: 993 calls
         last = self.generate(model, None, NFE[-1])
         for n in (2, 4, 8):
             best = best_grid(model, noise, n, shift=SHIFT, text=text)
