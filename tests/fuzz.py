@@ -309,6 +309,7 @@ def tensors(folder):
 
 def kills(count, chance):
     """How many of `count` killed and repeated runs leave other tensors than the undisturbed one."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with tempfile.TemporaryDirectory() as place:
         brief = "--preset tiny --steps 12 --batch 2 --save-every 1 --device cpu"
         start = f"{brief} --init {place}/teacher --teacher {place}/teacher"

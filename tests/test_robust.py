@@ -546,7 +546,8 @@ def test_folder_in_the_place_of_a_file_is_told(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", ["sample.py", "train.py flowmap", "-m toy.video", "-m full.plan"])
 def test_ctrl_c_while_torch_is_imported_is_one_sentence(command):
     python = [sys.executable, "-X", "importtime", *command.split()]
-    with subprocess.Popen(python, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
+    with subprocess.Popen(python, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         for line in process.stderr:  # of one module each, when it has been imported
             if line.endswith("| argparse\n"):
                 process.send_signal(signal.SIGINT)
