@@ -152,9 +152,9 @@ def _visit(model, z, grid, gamma=0.0, **cond):
 def best_grid(model, noise, steps, *, points=33, shift=1.0, **cond):
     """Times for `sample`, float64 (steps + 1,): of a shifted grid of `points`, those of the most exact jumps.
 
-    Two jumps make one, so a jump and two half jumps disagree by about its error: no reference is needed.
-    Errors of jumps in turn add up, unless the flow stretches them: dynamic programming finds the least sum.
-    Errors are RMS over samples from noise (B, ...), a few dozen. 33 points take 993 network calls.
+    A jump and two half jumps disagree by about its error, if short jumps are more exact (those of a single
+    interval count as exact: let `points` be many times `steps`). Errors in turn add up, unless the flow
+    stretches them: dynamic programming finds the least sum, RMS over samples from noise, in 993 calls for 33.
     """
     if not (isinstance(steps, int) and 1 <= steps < points):
         raise ValueError(f"steps is {steps}, expected an integer from 1 to {points - 1}")
@@ -200,8 +200,8 @@ def _squared_error(a, b):
 
 @torch.no_grad()
 def update_average(average, weights, updates, decay, ramp=True):
-    """Move the average of a run's weights (lists of tensors), which is sampled, in place: by 1 - decay, all
-    the way while `updates` is below 0. ramp: more while it is young, for short runs; the release does not."""
+    """Move `average`, which is sampled with, towards `weights` (lists of tensors), in place: by 1 - decay, or
+    all the way while `updates` is below 0. ramp: by more while it is young, for short runs; not published."""
     young = (updates + 1) / (updates + 10) if ramp else 1.0
     decay = min(decay, young) if updates >= 0 else 0.0
     torch._foreach_lerp_(average, weights, 1 - decay)
@@ -238,7 +238,7 @@ def central_difference(model, z, v, t, r, eps=0.005, **cond):
     It is the mean of du/dt from t - e to t + e: for a network smooth at that scale the derivative, to O(e^2).
     That of sin(w t) comes out times sin(w e)/(w e): for the fastest sinusoid of Wan's time embedding (w 1000)
     and the published e = 0.005, times -0.19. Forwards are all it needs; a Jacobian-vector product fails in
-    flash and flex attention and FSDP2. t +- e, in one call, is clamped to [0, 1]: one-sided there, to O(e).
+    flash and flex attention and FSDP2. t + e and t - e share one call, in [0, 1]: one-sided there, to O(e).
     """
     t, r = as_times(z, t, r)
     later, earlier = (t + eps).clamp(max=1), (t - eps).clamp(min=0)
@@ -412,8 +412,8 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
     First the student, judged by a fake score that knows the samples of the step before, which differ by one
     small update. The fake score then learns the very samples that were judged, so that one rollout serves
     both; or, as published, FRESH ones, which the updated student makes in a second rollout without gradient.
-    If it lags, the student follows its error: then more fake_steps, or a slower student, helps. Stage 1's
-    loss keeps the jumps that no rollout visits.
+    If the fake score lags, the student follows its error: then more fake_steps, or a slower student, helps.
+    Stage 1's loss keeps the jumps that no rollout visits.
 
     batches                what each backward pass takes: a batch, or its micro-batches one by one
     fresh(i)               such batches for the i-th update of the fake score; None: those of `batches` again

@@ -302,9 +302,7 @@ def rope_axis(dim, start, count, cell, device):
     return (turns / turns.abs()).to(torch.complex64)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The mask of causal training
-#
+# ---- The mask of causal training ---------------------------------------------------------------------------
 # With chunks 0 to 3, of which the last three are in the window (x: the query of that row sees the key):
 #
 #                    keys   past   noisy       clean
@@ -319,7 +317,6 @@ def rope_axis(dim, start, count, cell, device):
 #
 # Nobody sees a later chunk. A noisy token sees the past, CLEAN copies of earlier chunks and the noisy tokens
 # of its own chunk: the last chunk's what it will see when sampling. A clean token never sees noise.
-# ------------------------------------------------------------------------------------------------------------
 
 PAST, NOISY, CLEAN = range(3)
 

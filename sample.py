@@ -11,7 +11,7 @@ brings its VAE and text encoder; without them, embeddings go in (--text) and lat
 the name of a model on the hub, as nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers.
 """
 
-import full  # noqa: F401
+import full  # noqa: F401  (first: so Ctrl-C during the imports below is heard)
 
 # isort: split
 import argparse

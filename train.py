@@ -11,7 +11,7 @@ is the layout of diffusers, as input and as result. Checkpoints are in OUT/check
 from the newest, on a CPU bit for bit. Under torchrun the networks are sharded (FSDP2): see full/README.md.
 """
 
-import full  # noqa: F401
+import full  # noqa: F401  (first: so Ctrl-C during the imports below is heard)
 
 # isort: split
 import argparse
@@ -371,7 +371,7 @@ def parse(argv):
     data = f"folder of shards, or a world: {', '.join(WORLDS)} (default of tiny presets: stars)"
     for key, meaning in ({"data": data} | FOLDERS).items():
         add(f"--{key}", type=nonempty, help=meaning)
-    add("--exact-teacher", action="store_true", help="a world's velocity teaches and judges; needs --drop 0")
+    add("--exact-teacher", action="store_true", help="a world's velocity teaches and judges, with --drop 0")
     add("--resume", action="store_true", help="go on from the newest checkpoint of --out")
     add("--save-every", type=positive, default=500, help="steps between checkpoints (default 500)")
     add("--sample-every", type=positive, help="steps between sample clips, into OUT/samples (default: none)")
@@ -429,15 +429,17 @@ def run_stage(args):
     nets = networks(args.stage, recipe, is_baseline(args.stage, recipe), make)
     assemble(nets, recipe, device)
     if args.exact_teacher:
-        if isinstance(data, Shards) or config.kind == "causal" or "teacher" not in nets or recipe.drop:
-            raise ValueError("--exact-teacher needs a world, a bidirectional student with teacher, --drop 0")
+        null = recipe.drop or recipe.guidance != 1 or ("judge" in nets and recipe.dmd_guidance != 1)
+        if isinstance(data, Shards) or config.kind == "causal" or "teacher" not in nets or null:
+            raise ValueError("--exact-teacher needs a world, a bidirectional student with a teacher, --drop 0"
+                             " and guidance 1 of teacher and judge")
         nets |= {role: ExactTeacher(data) for role in {"teacher", "judge"} & nets.keys()}
     adam = dict(betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True)
     optimisers = {role: torch.optim.AdamW(trained(nets[role]).values(), **adam)
                   for role in TRAINED if role in nets}
     settings = {key: getattr(args, key) or "" for key in ("stage", "preset", "data", *FOLDERS)}
     settings |= {"seed": args.seed, "shape": shape, **asdict(recipe), "base": base_of(args, recipe) or ""}
-    settings |= {"teacher": "exact"} if args.exact_teacher else {}
+    settings |= {"exact_teacher": True} if args.exact_teacher else {}
     if isinstance(data, Shards):
         settings |= {"data": str(Path(args.data).resolve()), "clips": len(data), "bytes": data.bytes}
     settings = json.loads(json.dumps(settings))  # as a checkpoint gives them back

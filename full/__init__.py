@@ -1,4 +1,4 @@
-"""What full scale needs around the method. Commands import it before all else: the rest takes seconds."""
+"""What full scale needs around the method. Commands import it before torch, whose import takes seconds."""
 
 import os
 import sys

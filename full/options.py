@@ -120,6 +120,7 @@ def reason(error):
 def command(name, run, stopped, too_large=str):
     """run(), which ends in one sentence at worst. stopped: what to do after Ctrl-C or SIGTERM; too_large():
     where memory does not do."""
+    sys.excepthook = sys.__excepthook__  # see full/__init__.py: the imports are done
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt: all is cleaned up
     try:
         run()

@@ -46,13 +46,14 @@ def part_of(folder, name):
 
 def loaded(kind, folder, **options):
     """kind.from_pretrained(folder), or ValueError: whatever is wrong, and where weights are missing."""
+    before = logging.root.manager.disable
     logging.disable()  # what they log of a bad folder is up to 27 lines, the error says it in one
     try:
         made = kind.from_pretrained(folder, **options)
     except Exception as error:  # diffusers and transformers raise many
         raise ValueError(f"{folder} cannot be loaded: {reason(error)}") from None
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
     made, report = made if isinstance(made, tuple) else (made, {})
     if report.get("missing_keys"):
         raise ValueError(f"{folder} lacks {', '.join(sorted(report['missing_keys'])[:3])}")

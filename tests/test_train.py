@@ -873,7 +873,7 @@ def test_exact_teacher_takes_the_place_of_teacher_and_judge(story, tmp_path):
     run("flowmap", *exact, "--init", story["teacher"], "--out", tmp_path / "forward")
     run("onpolicy", *exact, "--init", tmp_path / "forward", "--teacher", story["teacher"],
         "--out", tmp_path / "anyflow")
-    assert provenance(tmp_path / "anyflow")["teacher"] == "exact"
+    assert provenance(tmp_path / "anyflow")["exact_teacher"]
     causal = ["flowmap", "--init", story["causal-teacher"], "--preset", "tiny-causal"]
     for more in (["flowmap", "--target", "data", "--init", story["teacher"]], causal, ["teacher"]):
         said = refused(more[0], *exact, *more[1:], "--out", tmp_path / "x")

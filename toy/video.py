@@ -57,15 +57,16 @@ STORY = {
                       " --steps 800",
 }
 
-def train_all(folder, seed, steps, exact=False):
+def train_all(folder, seed, steps, exact_teacher=False):
     """Run STORY into folder/NAME, on a CPU two stages at a time with half of the cores each.
 
-    steps: of every stage, or None for the preset's. exact: the bidirectional students learn from the exact
-    velocity. What an interrupted training has finished is kept, what it had begun is resumed; ValueError if
-    that was with other settings. RuntimeError: a stage failed.
+    steps: of every stage, or None for the preset's. exact_teacher: the bidirectional students learn from the
+    exact velocity. What an interrupted training has finished is kept, what it had begun is resumed;
+    ValueError if that was with other settings. RuntimeError: a stage failed.
     """
     hold(folder)
-    settings, path = {"seed": seed, "steps": steps, "exact": exact}, folder / "story.json"
+    settings = {"seed": seed, "steps": steps} | ({"exact_teacher": True} if exact_teacher else {})
+    path = folder / "story.json"
     if path.exists() and read_json(path) != settings:
         raise ValueError(f"{folder} was trained with {read_json(path)}, expected {settings} or another --out")
     write_json(path, settings)
@@ -78,7 +79,7 @@ def train_all(folder, seed, steps, exact=False):
         words = [str(folder / word) if word in STORY else word for word in STORY[name].split()]
         command = [sys.executable, "train.py", *words, "--out", str(folder / name), "--seed", str(seed)]
         command += ["--steps", str(steps)] if steps else []
-        if exact and name.startswith("bidirectional") and not name.endswith("teacher"):
+        if exact_teacher and name.startswith("bidirectional") and not name.endswith("teacher"):
             command += ["--exact-teacher", "--drop", "0"]
         command += ["--resume"] if [*(folder / name).glob("checkpoints/step-*")] else []
         with open(folder / f"{name}.txt", "w") as out:
@@ -159,10 +160,11 @@ class Ruler:
         return {name: score(x, self.labels, self.world) for name, x in clips.items()}
 
     def best_times(self, folder):
-        """{calls, at even times or those of `anyflow.best_grid`, found with other noise: scores}."""
+        """{"4 calls, best times": scores}, and with even ones. `anyflow.best_grid` finds them with other noise;
+        preview is the distance to the clip of 32 calls at even times."""
         model, rows = Wan.from_pretrained(folder, dtype=torch.float32), {}
         torch.manual_seed(self.seed + 1)
-        noise, text = torch.randn(self.shape)[:48:12], embed(self.labels[:48:12])  # few: 993 calls
+        noise, text = torch.randn(self.shape)[:48:11], embed(self.labels[:48:11])  # few: 3 x 993 calls
         last = self.generate(model, None, NFE[-1])
         for n in (2, 4, 8):
             best = best_grid(model, noise, n, shift=SHIFT, text=text)
@@ -199,7 +201,7 @@ class Ruler:
         return wrap(track(made, self.world.stars)[2] - centre).norm(dim=2).mean(0).tolist(), made, true
 
 def apart(clips, others):
-    """Distance of clips to others, RMS over that of the others, mean."""
+    """RMS distance of each clip to its other, over the RMS of the other; mean over clips."""
     mean = lambda x: x.square().mean((1, 2, 3, 4))
     return (mean(clips - others) / mean(others)).sqrt().mean().item()
 
@@ -265,14 +267,14 @@ def table(results):
     at_4 = {row: [scores[name][NFE.index(4)] for name in names] for row, scores in rows.items()}
     title = "the other scores, at 4 calls (shares of clips; frechet, preview, star grain: 0 is best)"
     some = ["distance", "star rate", "frechet"] if results["stars"] else ["distance", "frechet"]
-    given = lambda rows, names: {row: [scores[name] for name in names] for row, scores in rows.items()}
-    times = [*some, "preview"]
+    columns = lambda rows, names: {row: [scores[name] for name in names] for row, scores in rows.items()}
+    with_preview = [*some, "preview"]
     return "\n\n".join([
         *by_calls, plots.table(title, names, at_4, digits=2, width=11, corner=""),
-        plots.table("causal AnyFlow, calls spent unevenly", some, given(results["budgets"], some), width=11,
+        plots.table("causal AnyFlow, calls spent unevenly", some, columns(results["budgets"], some), width=11,
                     corner=""),
-        plots.table("bidirectional AnyFlow, even times and those of anyflow.best_grid", times,
-                    given(results["best_times"], times), width=11, corner="")])
+        plots.table("bidirectional AnyFlow, even times and those of anyflow.best_grid", with_preview,
+                    columns(results["best_times"], with_preview), width=11, corner="")])
 
 
 # ---- Command line ----------------------------------------------------------------------------------------
@@ -391,6 +393,8 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="at least 0 (default 0)")
     add("--out", type=Path, default=Path("out/video"))
     args = parser.parse_args(argv)
+    if args.exact_teacher and not args.train:
+        parser.error("--exact-teacher needs --train")
     if args.seed < 0:
         parser.error(f"--seed is {args.seed}, expected at least 0")
     shards = lambda: write_shards(WORLDS[args.world], args.write_shards, args.clips, args.seed)

@@ -192,8 +192,9 @@ class ExactTeacher:
     def __call__(self, z, t, r, text):
         away = torch.cdist(text.flatten(1).float().cpu(), embed(self.labels).flatten(1))  # (B, prompts)
         if away.amin(1).max() > 1:
-            raise ValueError("--exact-teacher knows no null prompt, expected --drop 0")
-        return self.world.velocity(z, t, self.labels[away.argmin(1)].to(z.device))
+            raise ValueError("the exact teacher knows no null prompt, expected --drop 0 and guidance 1")
+        labels = self.labels[away.argmin(1)]
+        return self.world.velocity(z.cpu(), t.cpu(), labels).to(z.device)  # the posterior is made on a CPU
 
 class Pixels:
     """As `full.pixels.Published`, for models of these worlds: a prompt is labels, a latent a pixel."""
