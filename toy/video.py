@@ -160,8 +160,8 @@ class Ruler:
         return {name: score(x, self.labels, self.world) for name, x in clips.items()}
 
     def best_times(self, folder):
-        """{"4 calls, best times": scores}, and with even ones. `anyflow.best_grid` finds them with other noise;
-        preview is the distance to the clip of 32 calls at even times."""
+        """{"4 calls, best times": scores}, and with even ones. `anyflow.best_grid` finds them with other
+        noise; preview is the distance to the clip of 32 calls at even times."""
         model, rows = Wan.from_pretrained(folder, dtype=torch.float32), {}
         torch.manual_seed(self.seed + 1)
         noise, text = torch.randn(self.shape)[:48:11], embed(self.labels[:48:11])  # few: 3 x 993 calls
