@@ -168,9 +168,11 @@ def test_best_grid_is_the_least_sum_of_all_grids(net):
     ways = [(0, *some, points - 1) for some in itertools.combinations(range(1, points - 1), steps - 1)]
     best = min(ways, key=lambda way: sum(error(i, j) for i, j in zip(way, way[1:])))
     assert torch.equal(anyflow.best_grid(net, noise, steps, points=points), times[list(best)])
+    several = anyflow.best_grid(net, noise, [5, steps], points=points)  # of one search
+    assert [len(grid) for grid in several] == [6, 4] and torch.equal(several[1], times[list(best)])
 
 
-@pytest.mark.parametrize("steps", [0, 33, 2.0, [1, 0.5, 0]])
+@pytest.mark.parametrize("steps", [0, 33, 2.0, [1, 0.5, 0], [4, 33]])
 def test_best_grid_refuses_other_budgets(net, steps):
     with pytest.raises(ValueError, match="expected an integer from 1 to 32"):
         anyflow.best_grid(net, torch.randn(3, 2, dtype=torch.float64), steps)

@@ -334,8 +334,8 @@ class Ruler:
     def best_times(self, net):
         """{calls: distance at the times of `anyflow.best_grid`, which are found with other noise}."""
         other_noise = torch.randn(1024, 2, generator=torch.Generator().manual_seed(1))
-        times = {n: anyflow.best_grid(net, other_noise, n) for n in (2, 4, 8)}
-        return {n: self.swd(self.sample(net, grid, self.points, 0.0)[0]) for n, grid in times.items()}
+        grids = anyflow.best_grid(net, other_noise, [2, 4, 8])
+        return {len(grid) - 1: self.swd(self.sample(net, grid, self.points, 0.0)[0]) for grid in grids}
 
     def measure(self, method, net):
         """Per NFE: {"swd", "path_error", "budget_drift"}, the samples, and the traced points' states."""

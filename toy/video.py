@@ -164,10 +164,9 @@ class Ruler:
         noise; preview is the distance to the clip of 32 calls at even times."""
         model, rows = Wan.from_pretrained(folder, dtype=torch.float32), {}
         torch.manual_seed(self.seed + 1)
-        noise, text = torch.randn(self.shape)[:48:11], embed(self.labels[:48:11])  # few: 3 x 993 calls
+        noise, text = torch.randn(self.shape)[:48:11], embed(self.labels[:48:11])  # few: 993 calls
         last = self.generate(model, None, NFE[-1])
-        for n in (2, 4, 8):
-            best = best_grid(model, noise, n, shift=SHIFT, text=text)
+        for n, best in zip((2, 4, 8), best_grid(model, noise, [2, 4, 8], shift=SHIFT, text=text)):
             for name, steps in {"even": n, "best": best}.items():
                 x = self.generate(model, None, steps)
                 scores = score(x, self.labels, self.world)
