@@ -109,14 +109,14 @@ WAN["onpolicy"] = dict(steps=1200, lr=2e-6, beta1=0.0, beta2=0.999, warmup=0, em
                        fake_samples="fresh")
 WAN_14B = {stage: dict(steps=4000, batch=16) | changes for stage, changes in WAN.items()}
 
-SMALL = dict(beta2=0.99, warmup=100, decay=0.3, ema=0.998, ema_start=0, ema_ramp=True, guidance=1.0,
-             target="teacher", fastest=20.0, lora=0, dtype="float32", checkpointing="none",
+SMALL = dict(beta2=0.99, warmup=100, decay=0.5, ema=0.998, ema_start=0, ema_ramp=True, shift=2.0,
+             guidance=1.0, target="teacher", fastest=20.0, lora=0, dtype="float32", checkpointing="none",
              compile=False, recompute_rollout=False)
 TINY = {
-    "teacher": SMALL | dict(steps=5500, lr=3e-3, own_times=0.5),
-    "flowmap": SMALL | dict(steps=2400, lr=6e-4, decay=1.0, batch=16, weight="inverse"),
-    "consistency": SMALL | dict(steps=2400, lr=6e-4, decay=1.0, batch=16, teacher_steps=8),
-    "onpolicy": SMALL | dict(steps=300, lr=2e-4, fake_lr=4e-4, batch=16, beta1=0.0, warmup=20, fake_steps=2,
+    "teacher": SMALL | dict(steps=8000, lr=3e-3, own_times=0.5),
+    "flowmap": SMALL | dict(steps=3200, lr=6e-4, decay=1.0, batch=16, weight="inverse"),
+    "consistency": SMALL | dict(steps=3200, lr=6e-4, decay=1.0, batch=16, teacher_steps=8),
+    "onpolicy": SMALL | dict(steps=400, lr=2e-4, fake_lr=4e-4, batch=16, beta1=0.0, warmup=20, fake_steps=2,
                              weight="inverse", dmd=4.0, rollout_steps=(1, 2, 4, 8, 16, 32), dmd_guidance=1.0),
 }
 RECIPES = {"tiny": TINY, "wan-1.3b": WAN, "wan-14b": WAN_14B}

@@ -331,7 +331,7 @@ class Machine:
     gpus: int = option(8, "number of GPUs", low=1)
     gpus_per_node: int = option(8, "over which the weights are sharded", low=1)
     tflops: float = option(989.0, "peak of a GPU in bfloat16; an H100's or H200's", above=0)
-    utilisation: float = option(0.4, "share of it that the work reaches", above=0, high=1)
+    utilisation: float = option(0.3, "share of it that the work reaches", above=0, high=1)
 
 def print_plan(name, machine, given):
     """What every stage of a preset's recipe costs on some GPUs, with {option: value} changed."""

@@ -552,7 +552,8 @@ def test_clips_of_the_average_and_of_the_raw_weights_while_training(story, name,
     assert not torch.equal(clips[names[2]], clips[names[3]])
     noise = torch.randn(2, 9, 3, 12, 12, generator=train.generator(0))
     text = World().batch(range(2), 0)[1]
-    clip = sample.generate(Wan.from_pretrained(tmp_path / "out"), text, noise, 4)
+    shift = provenance(tmp_path / "out")["shift"]
+    clip = sample.generate(Wan.from_pretrained(tmp_path / "out"), text, noise, 4, shift=shift)
     assert (clip - clips[names[2]]).abs().max() < 1e-4
 
 

@@ -35,7 +35,7 @@ TASKS = {0: "T2V", 1: "I2V: 1 frame given", 3: "V2V: 3 frames given"}
 BUDGETS = {"2 on every chunk": 2, "6 on the first, 1 on the others": [6, 1], "4 on every chunk": 4,
            "8 on the first, 1 on the others": [8, 1], "1 on every chunk, 6 on the last": [1, 1, 1, 1, 6]}
 STREAM = (1, *[2] * 10)  # frames of the chunks of a long stream
-SHIFT = 5.0  # of the sampling grid, as in training
+SHIFT = 2.0  # of the sampling grid, as in training
 
 # Every run of `train.py`, as one would type it; the name of a run stands for its folder. The causal teacher
 # is first: it learns motion from clean past frames. A bidirectional one from random weights moved its objects
@@ -43,7 +43,7 @@ SHIFT = 5.0  # of the sampling grid, as in training
 # clip.
 STORY = {
     "causal-teacher": "teacher --preset tiny-causal",
-    "bidirectional-teacher": "teacher --preset tiny --init causal-teacher --steps 4500",
+    "bidirectional-teacher": "teacher --preset tiny --init causal-teacher --steps 6000",
     "causal-anyflow-forward": "flowmap --preset tiny-causal --init causal-teacher",
     "causal-anyflow": "onpolicy --preset tiny-causal --init causal-anyflow-forward --teacher causal-teacher"
                       " --judge bidirectional-teacher",
@@ -54,7 +54,7 @@ STORY = {
     "bidirectional-consistency": "consistency --preset tiny --init bidirectional-teacher",
     # Continued training: the student meets a world with a new colour and gravity, without a teacher.
     "causal-gravity": "flowmap --preset tiny-causal --init causal-anyflow --data stars-gravity --target data"
-                      " --steps 800",
+                      " --steps 2000",
 }
 
 def train_all(folder, seed, steps, exact_teacher=False):
@@ -179,7 +179,7 @@ class Ruler:
         model, frames = Wan.from_pretrained(folder, dtype=torch.float32), sum(chunks)
         torch.manual_seed(self.seed)
         noise = torch.randn(len(self.labels), frames, *self.world.shape[1:])
-        options = dict(sampler=sampler_of_folder(folder), chunks=chunks)
+        options = dict(shift=SHIFT, sampler=sampler_of_folder(folder), chunks=chunks)
         clips = generate(model, embed(self.labels), noise, steps, **options)
         start, _ = nearest(clips[:, :3], self.labels, self.world)
         lawful = start[:, None] + self.world.offsets(self.labels, frames)
