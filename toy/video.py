@@ -39,14 +39,14 @@ SHIFT = 2.0  # of the sampling grid, as in training
 
 # Every run of `train.py`, as one would type it; the name of a run stands for its folder. The causal teacher
 # is first: it learns motion from clean past frames. A bidirectional one from random weights moved its objects
-# left for right in half of its clips after 5,000 steps. A bidirectional judge sees a causal student's whole
-# clip.
+# left for right in half of its clips after 5,000 steps. It would see a causal student's whole clip, but the
+# causal teacher is the better judge: its clips are better.
 STORY = {
     "causal-teacher": "teacher --preset tiny-causal",
     "bidirectional-teacher": "teacher --preset tiny --init causal-teacher --steps 6000",
     "causal-anyflow-forward": "flowmap --preset tiny-causal --init causal-teacher",
     "causal-anyflow": "onpolicy --preset tiny-causal --init causal-anyflow-forward --teacher causal-teacher"
-                      " --judge bidirectional-teacher",
+                      " --judge causal-teacher",
     "causal-consistency": "consistency --preset tiny-causal --init causal-teacher",
     "bidirectional-anyflow-forward": "flowmap --preset tiny --init bidirectional-teacher",
     "bidirectional-anyflow": "onpolicy --preset tiny --init bidirectional-anyflow-forward"
