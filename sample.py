@@ -209,7 +209,7 @@ def parse(argv):
     add("--width", type=positive, help="in pixels, if not the model's own (832)")
     add("--chunks", type=positive, nargs="+", help="latent frames of each, if not the model's own")
     add("--sampler", choices=SAMPLERS, help="if not the one that the model was trained for")
-    add("--shift", type=float, help="if not the model's own (5)")
+    add("--shift", type=float, help="if not the model's own")
     add("--guidance", type=float, default=1.0, help="for teachers, at least 0 (default 1)")
     add("--padding", action="store_true", help="keys of zero behind a chunk, as in diffusers")
     add("--seed", type=int, default=0, help="0 to 2^32 - 1 (default 0)")

@@ -39,8 +39,8 @@ SHIFT = 2.0  # of the sampling grid, as in training
 
 # Every run of `train.py`, as one would type it; the name of a run stands for its folder. The causal teacher
 # is first: it learns motion from clean past frames. A bidirectional one from random weights moved its objects
-# left for right in half of its clips after 5,000 steps. It would see a causal student's whole clip, but the
-# causal teacher is the better judge: its clips are better.
+# left for right in half of its clips after 5,000 steps. The causal teacher also judges: a bidirectional one
+# sees whole clips, but makes worse ones.
 STORY = {
     "causal-teacher": "teacher --preset tiny-causal",
     "bidirectional-teacher": "teacher --preset tiny --init causal-teacher --steps 6000",
