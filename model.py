@@ -6,7 +6,7 @@ who sees whom:
 
     bidirectional       [the whole video]                                      everybody sees everybody
     causal, inference   [one chunk]                                            sees itself and the KV cache
-    causal, training    [compressed past | noisy window | clean window]        a mask by chunk, `chunk_mask`
+    causal, training    [compressed past | clean window | noisy window]        by chunk, `rows_of_chunks`
 
 A CHUNK is a run of latent frames that a causal model makes together, from noise, after the chunks before it.
 Parameters and config keys have the names of diffusers: published folders load, and what is saved opens there.
@@ -14,7 +14,6 @@ Latents are (B, F, C, H, W), text embeddings (B, L, text_dim), times float, (B,)
 Sources: Wan (2503.20314), FAR (2503.19325), AnyFlow (2605.13724).
 """
 
-import functools
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,12 +23,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from anyflow import as_times
 from full import files
-from full.compile import compiled_flex_attention, keep_self_attention, lean
+from full.compile import keep_self_attention, lean
 from full.lora import merged_state
 from full.options import check, option
 
@@ -189,13 +187,17 @@ class Attention(nn.Module):
         """Two of (B, N, heads, head_dim)."""
         return [y.unflatten(2, (self.heads, -1)) for y in (lean(self.norm_k, self.to_k(x)), self.to_v(x))]
 
-    def attend(self, q, k, v, mask=None):
-        """(B, N, heads, head_dim), M keys and values -> (B, N, width). mask: bool (N, M) or a BlockMask."""
+    def attend(self, q, k, v, rows=None):
+        """(B, N, heads, head_dim), M keys and values -> (B, N, width). rows: what each row sees, or all."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if isinstance(mask, BlockMask):
-            x = compiled_flex_attention()(q, k, v, block_mask=mask)
+        if rows is None:
+            x = F.scaled_dot_product_attention(q, k, v)
         else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            lengths, columns = rows
+            q, k, v = (y.split(lengths, 2) for y in (q, k, v))
+            of = lambda y, row: torch.cat([y[i] for i in columns[row]], 2)
+            x = [F.scaled_dot_product_attention(q[i], of(k, i), of(v, i)) for i in range(len(q))]
+            x = torch.cat(x, 2)
         return self.to_out[0](x.transpose(1, 2).flatten(2))
 
 class Norm(nn.LayerNorm):
@@ -233,7 +235,7 @@ class Block(nn.Module):
         policy = dict(context_fn=keep_self_attention) if checkpointing == "selective" else {}
         return checkpoint(self.compute, x, *inputs, use_reentrant=False, preserve_rng_state=False, **policy)
 
-    def compute(self, x, modulation, spans, rope, text, k_past, v_past, mask=None, blank=0, keep=False):
+    def compute(self, x, modulation, spans, rope, text, k_past, v_past, rows=None, blank=0, keep=False):
         """The block on tokens x (B, N, width), returned in that shape; with keep also their keys and values.
 
         modulation: (B, f, 6, width). spans: (frames, tokens a frame) of each group. rope: of `rotate`. text:
@@ -250,7 +252,7 @@ class Block(nn.Module):
             k, v = torch.cat([k_past, k], 1), torch.cat([v_past, v], 1)
         if blank:
             k, v = (F.pad(y, (0, 0, 0, 0, 0, blank)) for y in (k, v))
-        x = gated(x, self.attn1.attend(rotate(self.attn1.query(h), rope), k, v, mask), m[2], spans)
+        x = gated(x, self.attn1.attend(rotate(self.attn1.query(h), rope), k, v, rows), m[2], spans)
         del h, k, v
 
         h = self.norm2(x)
@@ -302,50 +304,35 @@ def rope_axis(dim, start, count, cell, device):
     return (turns / turns.abs()).to(torch.complex64)
 
 
-# ---- The mask of causal training ---------------------------------------------------------------------------
+# ---- Who sees whom in causal training ----------------------------------------------------------------------
 # With chunks 0 to 3, of which the last three are in the window (x: the query of that row sees the key):
 #
-#                    keys   past   noisy       clean
+#                    keys   past   clean       noisy
 #         queries             0    1  2  3     1  2  3
 #         past      0         x
-#         noisy     1         x    x
-#                   2         x       x        x
-#                   3         x          x     x  x
-#         clean     1         x                x
-#                   2         x                x  x
-#                   3         x                x  x  x
+#         clean     1         x    x
+#                   2         x    x  x
+#                   3         x    x  x  x
+#         noisy     1         x                x
+#                   2         x    x              x
+#                   3         x    x  x              x
 #
 # Nobody sees a later chunk. A noisy token sees the past, CLEAN copies of earlier chunks and the noisy tokens
-# of its own chunk: the last chunk's what it will see when sampling. A clean token never sees noise.
+# of its own chunk: the last chunk's what it will see when sampling. A clean token never sees noise. Each
+# row is one attention over the columns that it sees: no pair is computed to be masked.
 
-PAST, NOISY, CLEAN = range(3)
-
-def chunk_mask(chunks, window, full, compressed, clean, device):
-    """The mask above over [past | noisy window | clean window]: bool (N, N), on a GPU a BlockMask.
+def rows_of_chunks(chunks, window, full, compressed, clean):
+    """The table above: tokens of each row, and which columns the row sees.
 
     chunks: frames of each, the last `window` of them at full resolution. full, compressed: tokens a frame.
     Without clean copies, noisy tokens see the noisy tokens of earlier chunks.
     """
-    past, late = list(enumerate(chunks))[:-window], list(enumerate(chunks))[-window:]
-    runs = [(i, PAST, f * compressed) for i, f in past]  # of tokens: chunk, role, length
-    runs += [(i, role, f * full) for role in ((NOISY, CLEAN) if clean else (NOISY,)) for i, f in late]
-    chunk_of_run, role_of_run, lengths = torch.tensor(runs, device=device).T
-    tokens = sum(length for _, _, length in runs)
-    run = (torch.arange(tokens, device=device)[:, None] >= lengths.cumsum(0)).sum(1)
-    chunk, role = chunk_of_run[run], role_of_run[run]
-
-    def visible(batch, head, q, k):
-        earlier, own = chunk[k] < chunk[q], chunk[k] == chunk[q]
-        past = (role[k] == PAST) & (earlier | own)
-        noisy = (role[k] == NOISY) & (role[q] == NOISY) & (own | earlier & (not clean))
-        return past | noisy | (role[k] == CLEAN) & (earlier | own & (role[q] == CLEAN))
-
-    if torch.device(device).type == "cuda":  # never N x N in memory
-        return torch.compile(create_block_mask)(visible, None, None, tokens, tokens, device=device)
-    token = torch.arange(tokens, device=device)
-    return visible(None, None, token[:, None], token)
-
-cached_chunk_mask = functools.lru_cache(maxsize=32)(chunk_mask)
+    lengths = [f * compressed for f in chunks[:-window]] + [f * full for f in chunks[-window:]]
+    columns = [tuple(range(i + 1)) for i in range(len(chunks))]
+    if clean:
+        columns += [(*seen[:-1], seen[-1] + window) for seen in columns[-window:]]
+        lengths += lengths[-window:]
+    return lengths, columns
 
 
 # ---- The network -----------------------------------------------------------------------------------------
@@ -397,23 +384,23 @@ class Wan(nn.Module):
         text = self.embed_text(text) if torch.is_tensor(text) else text
         t, r = (time[:, None] if time.ndim == 1 else time for time in as_times(z, t, r))
         if chunks is not None:
-            groups, noisy, mask = self._window(z, t, r, clean, tuple(chunks))
+            groups, rows = self._window(z, t, r, clean, tuple(chunks))
         else:
-            groups, noisy, mask = [self._group(z, t, r, cache.frames if cache else 0)], 0, None
+            groups, rows = [self._group(z, t, r, cache.frames if cache else 0)], None
         blank = -groups[0].tokens.shape[1] % 128 if cache and cache.padding else 0
-        x, e = self._blocks(groups, text, cache.past if cache else None, mask, blank)
+        x, e = self._blocks(groups, text, cache.past if cache else None, rows, blank)
 
         spans = [group.span for group in groups]
-        x = of_tokens(x, spans)[noisy].flatten(1, 2)
-        e = e.split([f for f, _ in spans], 1)[noisy]
+        x = of_tokens(x, spans)[-1].flatten(1, 2)
+        e = e.split([f for f, _ in spans], 1)[-1]
         shift, scale = (self.scale_shift_table + e.float()[:, :, None]).unbind(2)
-        x = self.proj_out(modulate(x, shift, scale, [spans[noisy]], self.config.eps))
+        x = self.proj_out(modulate(x, shift, scale, spans[-1:], self.config.eps))
         _, p, q = self.config.patch_size
         h, w = z.shape[3] // p, z.shape[4] // q
         return rearrange(x, "b (f h w) (p q c) -> b f c (h p) (w q)", h=h, w=w, p=p, q=q)
 
     def _window(self, z, t, r, clean, chunks):
-        """Causal training's groups, which of them is the noisy one, and its mask."""
+        """Causal training's groups, the noisy one last, and who sees whom."""
         window = min(len(chunks), self.config.full_chunk_limit)
         frames, start = sum(chunks), sum(chunks[:-window])  # the window holds the frames from start on
         video = z if clean is None else clean
@@ -427,12 +414,11 @@ class Wan(nn.Module):
             early, late, z = (t[:, :start], r[:, :start]), (t[:, start:], r[:, start:]), z[:, start:]
 
         groups = [self._group(video[:, :start], *early, 0, compressed=True)] if start else []
-        groups += [self._group(z, *late, start)]
         groups += [self._group(clean[:, start:], zero, zero, start)] if clean is not None else []
+        groups += [self._group(z, *late, start)]
         patches = self.config.patch_size, self.config.compressed_patch_size
         tokens = [z.shape[3] * z.shape[4] // math.prod(patch) for patch in patches]
-        mask = chunk_mask if torch.compiler.is_compiling() else cached_chunk_mask
-        return groups, int(start > 0), mask(chunks, window, *tokens, clean is not None, str(z.device))
+        return groups, rows_of_chunks(chunks, window, *tokens, clean is not None)
 
     def _group(self, video, t, r, start, compressed=False):
         """The frames of a video that begins at frame `start`, cut into patches."""
@@ -452,7 +438,7 @@ class Wan(nn.Module):
         axes = [axis.expand(f, h, w, -1) for axis in (time, rows, columns)]
         return torch.view_as_real(torch.cat(axes, -1).flatten(0, 2))
 
-    def _blocks(self, groups, text, past=None, mask=None, blank=0, keep=None):
+    def _blocks(self, groups, text, past=None, rows=None, blank=0, keep=None):
         """All blocks over all groups: tokens (B, N, width), and e (B, f, width).
 
         keep: a list that takes the keys and values of every block, for a cache.
@@ -463,7 +449,7 @@ class Wan(nn.Module):
         rope, spans = torch.cat([g.rope for g in groups]), [g.span for g in groups]
         for i, block in enumerate(self.blocks):
             prompt = text if torch.is_tensor(text) else text[i]
-            inputs = modulation, spans, rope, prompt, *(past[i] if past else (None, None)), mask, blank
+            inputs = modulation, spans, rope, prompt, *(past[i] if past else (None, None)), rows, blank
             checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
             x = block(x, *inputs, keep is not None, checkpointing=checkpointing)
             if keep is not None:

@@ -4,15 +4,9 @@ import functools
 import os
 
 import torch
-from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 GRAPHS = 64  # that one function may be compiled to: chunks have many shapes, each with and without gradient
-
-@functools.cache
-def compiled_flex_attention():
-    torch._dynamo.config.recompile_limit = GRAPHS
-    return torch.compile(flex_attention, dynamic=False)
 
 def compile_blocks(model):
     """Compile a network block by block, so that all blocks share their graphs."""
@@ -22,7 +16,6 @@ def compile_blocks(model):
 
 ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in (
     "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]
-ATTENTION.append(torch.ops.higher_order.flex_attention)
 
 def keep_attention(context, op, q=None, k=None, *args, **kwargs):
     """Keep self-attention, with at least as many keys as queries, unlike a prompt's; recompute the rest."""

@@ -30,7 +30,7 @@ from full.folders import networks
 from full.lora import BODY, adapted
 from full.options import add_options, check, command, option
 from full.parallel import TRAINED, adapt, holder_of, trained
-from model import Wan, chunk_mask
+from model import Wan
 from sample import generate
 from train import RECIPES, Clips, Recipe, is_baseline, recipe_of, train
 
@@ -38,7 +38,6 @@ class Cost(TorchDispatchMode):
     """FLOPs, and bytes of the activations alive on a device, of what runs inside.
 
     flops: so far. peaks: the highest number of bytes between one network call (`mark`) and the next.
-    visible: {tokens: share of query-key pairs that a mask lets through}, of self-attention.
     """
 
     # FLOPs of fused attention on a CPU, which torch leaves out, by its formulas for a GPU.
@@ -47,7 +46,7 @@ class Cost(TorchDispatchMode):
 
     def __init__(self, nets, device="meta"):
         super().__init__()
-        self.device, self.flops, self.visible, self.live, self.peaks = device, 0, {}, 0, [0]
+        self.device, self.flops, self.live, self.peaks = device, 0, 0, [0]
         self.sizes = {}  # of storages: {their address in C++: bytes}, 0 for what is no activation
         for p in (p for net in nets for p in net.parameters()):
             self.follow(p, False)
@@ -59,16 +58,11 @@ class Cost(TorchDispatchMode):
         if op is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 1  # a check of values, or a norm: there are none
         out, name = op(*args, **kwargs), op._overloadpacket
-        flops = 0
         if name in flop_registry:
-            flops = flop_registry[name](*args, **kwargs, out_val=out)
+            self.flops += flop_registry[name](*args, **kwargs, out_val=out)
         elif str(name) in self.CPU:
             count, operands = self.CPU[str(name)]
-            flops = count(*(x.shape for x in args[:operands]))
-        if flops and "attention" in str(name):
-            q, k = args[1:3] if "backward" in str(name) else args[:2]
-            flops *= self.visible.get(q.shape[2], 1) if q.shape[2] == k.shape[2] else 1
-        self.flops += flops
+            self.flops += count(*(x.shape for x in args[:operands]))
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if torch.is_tensor(x) and x.device.type == self.device:
                 self.follow(x, True)
@@ -107,8 +101,6 @@ class OnMeta(torch.nn.Module):
 
     def forward(self, z, t, r, text, *, clean=None, chunks=None, cache=None):
         self.cost.mark()
-        if chunks:
-            self.cost.visible.update([self.visible(chunks, clean is not None)])
         clean = None if clean is None else self.enter(clean)
         u = self.net(self.enter(z), t, r, self.prompt(text), clean=clean, chunks=chunks, cache=cache)
         return Swap.apply(u, z.shape, z.device, z.dtype)
@@ -131,19 +123,6 @@ class OnMeta(torch.nn.Module):
         chunks = [chunk] if torch.is_tensor(chunk) else chunk
         return self.net.extend(cache, [self.enter(chunk) for chunk in chunks], self.prompt(text))
 
-    def visible(self, chunks, clean, block=128):
-        """Tokens of causal training, and the share of their pairs that flex attention computes in blocks."""
-        window = min(len(chunks), self.config.full_chunk_limit)
-        patches = self.config.patch_size, self.config.compressed_patch_size
-        full, compressed = (math.prod(self.size) // math.prod(patch) for patch in patches)
-        early, late = sum(chunks[:-window]), sum(chunks[-window:])
-        frames = torch.tensor([compressed] * early + [full] * late * (1 + clean))
-        allowed = chunk_mask(chunks, window, 1, 1, clean, "cpu").float()  # one token a frame
-        tokens = int(frames.sum())
-        blocks = torch.zeros(-(-tokens // block), len(frames))
-        blocks[torch.arange(tokens) // block, torch.repeat_interleave(torch.arange(len(frames)), frames)] = 1
-        return tokens, float((blocks @ allowed @ blocks.T > 0).float().mean())
-
 class Swap(torch.autograd.Function):
     """Put a tensor of another shape and device, without numbers, in x's place, and back for its gradient."""
 
@@ -157,15 +136,14 @@ class Swap(torch.autograd.Function):
         shape, device, dtype = ctx.of_x
         return torch.zeros(shape, device=device, dtype=dtype), None, None, None
 
-def fused_attention(q, k, v, attn_mask=None):
+def fused_attention(q, k, v):
     """As on a GPU. On the meta device torch would take the way that holds all pairs."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 @contextmanager
 def counting(nets, device="meta"):
-    no_mask = mock.patch("model.cached_chunk_mask", lambda *args: None)
     fused = mock.patch.object(F, "scaled_dot_product_attention", fused_attention)
-    with fused, no_mask, Cost(nets, device) as cost:
+    with fused, Cost(nets, device) as cost:
         yield cost
 
 def networks_on_meta(stage, recipe, config, layers=None):

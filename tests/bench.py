@@ -1,7 +1,7 @@
 """Speed and memory of this model beside diffusers' in one run, alternating: only ratios need be believed.
 
     python tests/bench.py                    # a small network: forward, training step, generation, stream
-    python tests/bench.py --only forward     # or stage1, memory, generation, stream, derivative
+    python tests/bench.py --only forward     # or stage1, memory, generation, stream, chunks, derivative
     python tests/bench.py --only derivative --model FOLDER   # of this network instead of small ones
     python tests/bench.py --only compiled    # of a rollout made again: gradients beside those of eager mode
     python tests/bench.py --preset wan-1.3b  # true size, on a GPU: forward, 4-step clip, a step of each stage
@@ -13,6 +13,7 @@ hold; with --preset, together with the weights. Without diffusers, a preset is m
 
 import argparse
 import copy
+import functools
 import gc
 import importlib.util
 import platform
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -34,7 +36,7 @@ from full.checkpoint import Run  # noqa: E402
 from full.compile import compile_blocks  # noqa: E402
 from full.data import preset  # noqa: E402
 from full.files import STAGES  # noqa: E402
-from model import CLASSES, PRESETS, Wan, WanConfig, cached_chunk_mask  # noqa: E402
+from model import CLASSES, PRESETS, Attention, Wan, WanConfig, rows_of_chunks  # noqa: E402
 
 BASE = dict(patch_size=(1, 2, 2), num_attention_heads=6, attention_head_dim=64, in_channels=16,
             out_channels=16, text_dim=256, freq_dim=256, ffn_dim=1536, num_layers=6)
@@ -220,16 +222,50 @@ def stream(args):
     zero = torch.zeros(1, 1, device=DEVICE)
 
     @torch.no_grad()
-    def history():  # all 64 chunks in one forward under the mask: 62 compressed of 16 tokens, and two of 64
+    def history():  # all 64 chunks in one forward: 62 compressed of 16 tokens, and two of 64
         past = ours._group(clip[:, :62], zero, zero, 0, compressed=True)
         late = ours._group(clip[:, 62:], zero, zero, 62)
-        ours._blocks([past, late], text, None, cached_chunk_mask((1,) * 64, 2, 64, 16, False, DEVICE))
+        ours._blocks([past, late], text, None, rows_of_chunks((1,) * 64, 2, 64, 16, False))
 
     early, late = statistics.median(commits[4:12]), statistics.median(commits[-8:])
     print(f"commit of chunk 4-11: {1e3 * early:.1f} ms, of chunk 56-63: {1e3 * late:.1f} ms")
     again = alternate([history], args.repeats)[0]
     times = f"incremental {1e3 * late:.1f} ms, whole history in one forward {1e3 * again:.1f} ms"
     print(f"at chunk 64: {times}, {again / late:.1f}x; tokens 144 and 1120, {1120 / 144:.1f}x")
+
+
+def chunks(args):
+    """Attention of causal training: row by row of `rows_of_chunks`, beside one call under a mask (on a GPU
+    compiled flex attention with its BlockMask, at the size of 1.3B in bfloat16)."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    gpu = DEVICE == "cuda"
+    dtype, frame, heads, dim = (torch.bfloat16, 1560, 12, 128) if gpu else (torch.float32, 256, 6, 64)
+    attention = Attention(WanConfig(num_attention_heads=heads, attention_head_dim=dim)).to(DEVICE)
+    attention.to_out[0] = torch.nn.Identity()
+    print(f"{'':40}{'rows':>9}{'mask':>9}{'speed':>8}")
+    for sizes in ((1, 3, 3), (1, 3, 3, 3), (1, 3, 3, 3, 3, 3, 3)):
+        lengths, columns = rows_of_chunks(sizes, 3, frame, frame // 4, True)
+        sees = torch.zeros(2 * [len(lengths)], dtype=torch.bool, device=DEVICE)
+        for row, seen in enumerate(columns):
+            sees[row, list(seen)] = True
+        row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(DEVICE)
+        size = 1, sum(lengths), heads, dim
+        q, k, v = (torch.randn(size, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3))
+        if gpu:
+            mod = lambda batch, head, q, k: sees[row[q], row[k]]  # noqa: B023
+            block_mask = torch.compile(create_block_mask)(mod, None, None, size[1], size[1], device=DEVICE)
+            under = functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask)
+        else:
+            under = functools.partial(F.scaled_dot_product_attention, attn_mask=sees[row][:, row])
+        by_rows = lambda: attention.attend(q, k, v, (lengths, columns))  # noqa: B023
+        heads_first = lambda: (x.transpose(1, 2) for x in (q, k, v))  # noqa: B023
+        by_mask = lambda: under(*heads_first()).transpose(1, 2).flatten(2)  # noqa: B023
+        assert (by_rows() - by_mask()).abs().max() < (0.02 if gpu else 1e-5)
+        for name, run in (("forward", inference), ("and backward", training)):
+            a, b = alternate([lambda: run(by_rows), lambda: run(by_mask)], args.repeats)  # noqa: B023
+            what = f"{len(sizes)} chunks, {size[1]} tokens, {name}"
+            print(f"{what:40}{a:8.4f}s{b:8.4f}s{b / a:7.2f}x", flush=True)
 
 
 EPS = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02]
@@ -497,7 +533,7 @@ def training_step(name, stage, compiled, rate):
 
 
 SECTIONS = {"forward": forward, "stage1": stage1, "memory": memory, "generation": generation,
-            "stream": stream, "derivative": derivative, "compiled": compiled}
+            "stream": stream, "chunks": chunks, "derivative": derivative, "compiled": compiled}
 
 
 def main():

@@ -157,6 +157,30 @@ def test_compressed_patches_of_a_constant_video_see_what_its_patches_see(tmp_pat
 # the causal model
 
 
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("chunks, window", [((2,), 1), ((1, 3, 2), 3), ((1, 3, 2, 1, 2), 3), ((2, 1, 1), 1)])
+def test_attention_by_rows_is_that_under_a_mask(chunks, window, clean):
+    """Of every pair of tokens: past sees past; clean past and clean; noise past, clean copies of earlier
+    chunks and its own (without copies, noise of earlier chunks); nobody a later chunk. With gradients."""
+    tokens = [(i, "past") for i, f in enumerate(chunks[:-window]) for _ in range(2 * f)]
+    for role in ("clean", "noisy") if clean else ("noisy",):
+        tokens += [(i, role) for i in range(len(chunks) - window, len(chunks)) for _ in range(5 * chunks[i])]
+    mask = torch.tensor([[
+        j <= i and {"past": True, "noisy": sees == "noisy" and (i == j or not clean),
+                    "clean": sees == "clean" or sees == "noisy" and j < i}[seen]
+        for j, seen in tokens] for i, sees in tokens])
+    rows = M.rows_of_chunks(chunks, window, 5, 2, clean)
+    attention = build().blocks[0].attn1
+    q, k, v = (torch.randn(2, len(tokens), 2, 16, requires_grad=True) for _ in range(3))
+    x = attention.attend(q, k, v, rows)
+    y = torch.nn.functional.scaled_dot_product_attention(*(h.transpose(1, 2) for h in (q, k, v)), mask)
+    y = attention.to_out[0](y.transpose(1, 2).flatten(2))
+    assert error(x.detach(), y.detach()) < 1e-5
+    g = torch.randn_like(x)
+    for a, b in zip(torch.autograd.grad(x, (q, k, v), g), torch.autograd.grad(y, (q, k, v), g)):
+        assert error(a, b) < 1e-5
+
+
 def test_nothing_leaks_from_later_chunks_or_from_noise_to_clean():
     model, chunks = build(), (1, 2, 1, 2)
     z, clean, text = draw("z", 1, 5, 4, 8, 12), draw("clean", 1, 6, 4, 8, 12), draw("text", 1, 5, 12)
@@ -198,21 +222,16 @@ def test_the_cache_holds_what_encoding_the_whole_history_gives():
         tokens = max(0, i - 1) * 2 * 6, min(2, i + 1) * 2 * 24
         assert cache.compressed == tokens[0] and cache.past[0][0].shape[1] == sum(tokens)
         assert cache.frames == 2 * i + 2
-        # By the training mask: the newest chunks are the clean copies in a window that is one chunk larger.
+        # As in training: the newest chunks are the clean copies in a window that is one chunk larger.
         if i >= 1:
-            chunks, seen, blocks = (2,) * (i + 2), [], Wan._blocks
+            chunks, made, blocks = (2,) * (i + 2), [], Wan._blocks
             whole = torch.cat([clip[:, : 2 * i + 2], torch.zeros(1, 2, 4, 8, 12)], 1)
-            model._blocks = lambda *args: blocks(model, *args, keep=seen)
+            model._blocks = lambda *args: blocks(model, *args, keep=made)
             with torch.no_grad():
                 model(whole[:, -6:], 0.5, 0.5, text, clean=whole, chunks=chunks)
             del model._blocks
-            for n, (k, _) in enumerate(cache.past):
-                wanted = seen[n][0]
-                first, full = tokens
-                clean = wanted[:, -(6 * 24) : -(2 * 24)] if full == 96 else None
-                assert error(k[:, :first], wanted[:, :first]) < 1e-5 if first else True
-                if clean is not None:
-                    assert error(k[:, first:], clean) < 1e-5
+            for (k, v), (all_k, all_v) in zip(cache.past, made, strict=True):
+                assert error(k, all_k[:, : sum(tokens)]) < 1e-5 and error(v, all_v[:, : sum(tokens)]) < 1e-5
 
 
 def test_streams_of_any_length_do_bounded_work_per_chunk():

@@ -12,7 +12,6 @@ import sys
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import bench
 import pytest
@@ -30,7 +29,7 @@ from full.files import WEIGHTS, provenance
 from full.options import check, expected, option
 from full.parallel import adapt, assemble
 from full.pixels import read_video
-from model import Wan, WanConfig, chunk_mask
+from model import Wan
 from toy.video import write_shards
 from toy.world import WORLDS, ExactTeacher, World, parse_prompt
 
@@ -365,18 +364,6 @@ def test_plan_is_what_a_step_takes(stage, checkpointing):
     assert abs(flops / cost.flops - 1) < 0.01
     gradients = sum(4 * p.numel() for params in made.trained.values() for p in params.values())
     assert abs(peak / (bench.peak(step) - gradients) - 1) < 0.15
-
-
-@pytest.mark.parametrize("chunks, clean", [((1, 3, 3), True), ((1, 3, 3, 3, 2), True),
-                                           ((1, 3, 3, 3), False)])
-def test_plan_counts_the_blocks_that_flex_attention_computes(chunks, clean):
-    """Of the true mask, token by token, the share of blocks of 128 in which anything is visible."""
-    config = WanConfig(kind="causal", num_attention_heads=1, num_layers=1)
-    net = plan.OnMeta(SimpleNamespace(config=config), (16, 24), 4)
-    tokens, share = net.visible(chunks, clean)
-    mask = chunk_mask(chunks, min(3, len(chunks)), 96, 24, clean, "cpu").float()
-    blocks = torch.nn.functional.max_pool2d(mask[None], 128, ceil_mode=True)
-    assert tokens == len(mask) and abs(share - blocks.mean().item()) < 1e-6
 
 
 def test_plan_adds_up(monkeypatch, capsys):
