@@ -8,6 +8,7 @@ Read from top to bottom; each part needs only those above it (but for a word on 
     4  stage 1     learn the jumps by differentiating their definition (off-policy: the states come from data)
     5  stage 2     learn from the student's own samples (on-policy), through a rollout of three jumps
     6  baseline    consistency distillation, which knows only jumps to the end
+    7  times       where a sampler of few calls should stop on its way
 
 Notation: x data, eps standard normal noise (`noise` in code; there `eps` is a finite difference), t in [0, 1]
 with t = 1 pure noise, z_t the state at time t, v the instantaneous and u the AVERAGE velocity. All times are
@@ -146,33 +147,6 @@ def _visit(model, z, grid, gamma=0.0, **cond):
         states.append(z)
     return states
 
-@torch.no_grad()
-def best_grid(model, noise, steps, *, points=33, shift=1.0, **cond):
-    """Times for `sample`, float64 (steps + 1,), out of `points` shifted ones: those of the most exact jumps.
-
-    A jump and two half jumps disagree by about its error, if short jumps are more exact; those of a single
-    interval count as exact. Errors in turn add up, unless the flow stretches them: dynamic programming finds
-    the least sum, RMS over samples from noise (B, ...), in 993 calls. steps: a number, or a list, for a list.
-    """
-    wanted = steps if isinstance(steps, (list, tuple)) else [steps]
-    if not all(isinstance(n, int) and 1 <= n < points for n in wanted):
-        raise ValueError(f"steps is {steps}, expected an integer from 1 to {points - 1}")
-    grid, errors = time_grid(points - 1, shift), torch.full((points, points), torch.inf)
-    states = _visit(model, noise, grid.tolist(), **cond)
-    to = lambda z, i, j: jump(model, z, grid[i].item(), grid[j].item(), **cond)
-    for i in range(points - 1):
-        ends = {i + 1: states[i + 1]} | {j: to(states[i], i, j) for j in range(i + 2, points)}
-        for j, end in ends.items():
-            middle = (i + j) // 2
-            halves = to(ends[middle], middle, j) if j > i + 2 else states[j]
-            errors[i, j] = (end - halves).float().square().mean().sqrt()
-    found, least, ways = {}, errors[0], [[0, j] for j in range(points)]  # to any time in n jumps, first n = 1
-    for n in range(1, max(wanted) + 1):
-        found[n] = grid[ways[-1]]
-        least, last = (least[:, None] + errors).min(0)
-        ways = [ways[i] + [j] for j, i in enumerate(last.tolist())]
-    return [found[n] for n in wanted] if wanted is steps else found[steps]
-
 
 # ---- 3. The teacher: flow matching -------------------------------------------------------------------------
 # Many straight lines pass through one point z at time t. Regression of their slopes eps - x on z_t finds the
@@ -261,9 +235,8 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     is g v + (1 - g) v_null, with the student's own v_null, which the dropped prompts train. Of two forms,
         "published"   u = g v + (1 - g) u(z_t, t, r; null) - (t - r) du/dt,   du/dt along v,
         "consistent"  u = w - (t - r) du/dt, w = g v + (1 - g) u(z_t, t, t; null), du/dt along w,
-    equal at r = t, only the second is eq. (3) of the guided ODE, and has its flow map as fixed point. The
-    first mixes it with the flow map of the null prompt: `python tests/guidance.py` shows by how much they
-    miss. Any teacher guides the second form by its own null branch.
+    equal at r = t, only the second is eq. (3) of the guided ODE, and has its flow map as fixed point:
+    `python tests/guidance.py` measures both. Any teacher guides the second form by its own null branch.
 
     t, r, noise: drawn by `time_pairs` and from the normal if not given. weight: a function of t (B,), if not
     given `time_weight`. balance, anchor_sums: see `_balance`. parts=True: returns the loss, each sample's
@@ -409,11 +382,10 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
         data ---------------- eq. (3), the loss of stage 1 ----------------------------------------> student
                                             +--> detached, flow matching --------------------------> fake
 
-    First the student, judged by a fake score that knows the samples of the step before, which differ by one
-    small update. The fake score then learns the very samples that were judged, so that one rollout serves
-    both; or, as published, FRESH ones, which the updated student makes in a second rollout without gradient.
-    If the fake score lags, the student follows its error: then more fake_steps, or a slower student, helps.
-    Stage 1's loss keeps the jumps that no rollout visits.
+    First the student, judged by a fake score that knows the samples of the step before, one small update
+    away. The fake score then learns the judged samples (one rollout serves both) or, as published, FRESH ones
+    of the updated student, from a second rollout without gradient. If it lags, the student follows its error:
+    more fake_steps, or a slower student, help. Stage 1's loss keeps the jumps that no rollout visits.
 
     batches                what each backward pass takes: a batch, or its micro-batches one by one
     fresh(i)               such batches for the i-th update of the fake score; None: those of `batches` again
@@ -429,8 +401,7 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
         backward("loss", stage_1(batch))
         x_hat, of_dmd, of_fake, cond = rollout(batch)
         backward("dmd", dmd_weight * dmd_loss(x_hat, judge, fake, **of_dmd, **cond))
-        if fresh is None:
-            judged.append((x_hat.detach(), None, of_fake, cond))
+        judged.append((x_hat.detach(), None, of_fake, cond))
     update("student")
 
     for i in range(fake_steps):
@@ -478,3 +449,32 @@ def consistency_simulation(model, noise, grid, k, **cond):
     with torch.no_grad():
         z = _visit(model, noise, grid[: k + 1].tolist(), gamma=1.0, **cond)[-1]
     return jump(model, z, t, 0.0, **cond)
+
+
+# ---- 7. Where to stop on the way ---------------------------------------------------------------------------
+
+@torch.no_grad()
+def best_grid(model, noise, steps, *, points=33, shift=1.0, **cond):
+    """Times for `sample`, float64 (steps + 1,), out of `points` shifted ones: those of the most exact jumps.
+
+    A jump differs from two half ones by about its error; one over a single interval counts as exact. Errors
+    add up, unless the flow stretches them: dynamic programming finds the least sum, RMS over samples from
+    noise (B, ...), in 993 calls. steps: a number, or a list, for a list.
+    """
+    wanted = steps if isinstance(steps, (list, tuple)) else [steps]
+    if not all(isinstance(n, int) and 1 <= n < points for n in wanted):
+        raise ValueError(f"steps is {steps}, expected an integer from 1 to {points - 1}")
+    grid, errors = time_grid(points - 1, shift), torch.full((points, points), torch.inf)
+    states = _visit(model, noise, grid.tolist(), **cond)
+    to = lambda z, i, j: jump(model, z, grid[i].item(), grid[j].item(), **cond)
+    for i in range(points - 1):
+        ends = {i + 1: states[i + 1]} | {j: to(states[i], i, j) for j in range(i + 2, points)}
+        for j, end in ends.items():
+            halves = to(ends[(i + j) // 2], (i + j) // 2, j) if j > i + 2 else states[j]
+            errors[i, j] = (end - halves).float().square().mean().sqrt()
+    found, least, ways = {}, errors[0], [[0, j] for j in range(points)]  # to any time in n jumps, first n = 1
+    for n in range(1, max(wanted) + 1):
+        found[n] = grid[ways[-1]]
+        least, last = (least[:, None] + errors).min(0)
+        ways = [ways[i] + [j] for j, i in enumerate(last.tolist())]
+    return [found[n] for n in wanted] if wanted is steps else found[steps]
