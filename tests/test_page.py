@@ -357,6 +357,7 @@ def test_it_fits_the_screen_and_every_control_has_a_name(browser, file, width):
         assert (sum(map(int, paper[4:-1].split(","))) < 384) == (scheme == "dark")
 
 
+@pytest.mark.slow
 def test_it_is_fast_enough(browser, file):
     """5,000 samples of 64 calls in 2 s, a frame of a drag in a sixtieth of a second, of one core."""
     browser.open(file, "n=64&p=-2,0")

@@ -157,6 +157,7 @@ def rows(folder):
 LONG = ["train.py", "teacher", "--preset", "tiny", "--batch", "4", "--steps", "100000", "--save-every"]
 
 
+@pytest.mark.slow
 def test_second_run_on_a_folder_is_told_who_holds_it_and_sigterm_saves(tmp_path):
     """The lock falls with the process; SIGTERM, which clusters send first, loses no step."""
     folder, saved = tmp_path / "out", lambda: list((tmp_path / "out").glob("checkpoints/step-*"))
@@ -175,6 +176,7 @@ def test_second_run_on_a_folder_is_told_who_holds_it_and_sigterm_saves(tmp_path)
     assert not list((folder / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_two_processes_agree_on_the_step_that_they_save(how, tmp_path, monkeypatch):
     """Whether torchrun is asked to end or killed: its ranks save one step and end, and --resume goes on."""
@@ -199,6 +201,7 @@ def test_two_processes_agree_on_the_step_that_they_save(how, tmp_path, monkeypat
     assert len(pids) >= 2
 
 
+@pytest.mark.slow
 def test_process_whose_others_do_not_come_ends(monkeypatch):
     """Not after half an hour; with how many were found."""
     known = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"}
@@ -369,6 +372,7 @@ def test_link_in_a_circle_is_no_missing_file(name, tmp_path):
         provenance(tmp_path), pixels.Published(tmp_path, "cpu").shift()
 
 
+@pytest.mark.slow
 def test_story_leaves_no_child(tmp_path):
     """SIGTERM: the children save and end before it; SIGKILL: they end, too."""
     for how in (signal.SIGTERM, signal.SIGKILL):

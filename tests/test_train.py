@@ -173,6 +173,7 @@ def alone(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_from_its_newest_checkpoint(tmp_path, alone):
     """SIGKILL at any instant: what is named a checkpoint is whole, and the run ends as if never killed."""
     options = ["teacher", "--preset", "tiny", "--steps", "12", "--save-every", "1", *BRIEF, "--batch", "4"]
@@ -199,6 +200,7 @@ def torchrun(*args):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["flowmap", "onpolicy"])
 def test_two_processes_are_one(story, stage, tmp_path, alone):
     """FSDP on two processes: losses and weights of one (1e-5). A batch of two leaves each process one sample,
@@ -219,6 +221,7 @@ def test_two_processes_are_one(story, stage, tmp_path, alone):
         assert a.keys() == b.keys() and all(abs(a[key] - b[key]) < 1e-5 * max(1, abs(a[key])) for key in a)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_two_processes_resumes_in_one(story, tmp_path, alone):
     options = ["flowmap", "--preset", "tiny", "--init", story["teacher"], *TWICE, *BRIEF]
     torchrun(*options, "--out", tmp_path / "two")
@@ -320,6 +323,7 @@ def test_no_chunk_has_a_gradient_that_nobody_judges(monkeypatch):
     assert all((a - b).norm() <= 1e-6 * a.norm() for a, b in zip(whole, last))
 
 
+@pytest.mark.slow
 def test_plan_of_some_chunks_is_the_mean_over_all_choices():
     """FLOPs rise in a line with the number of chunks that have a gradient, up to those of all."""
     config, shape = preset("tiny-causal")
@@ -334,15 +338,17 @@ def test_plan_of_some_chunks_is_the_mean_over_all_choices():
     assert flops[2] - flops[1] == pytest.approx(flops[3] - flops[2], rel=1e-6)
 
 
-@pytest.mark.parametrize("stage", ["flowmap", "onpolicy"])
-@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
-def test_plan_is_what_a_step_takes(stage, checkpointing):
+@pytest.mark.slow
+@pytest.mark.parametrize("name, stage, checkpointing", [
+    ("tiny-causal", "flowmap", "none"), ("tiny-causal", "flowmap", "full"),
+    *(("tiny", stage, kept) for stage in ("flowmap", "onpolicy") for kept in ("none", "full", "selective"))])
+def test_plan_is_what_a_step_takes(name, stage, checkpointing):
     """On the meta device as in a real step: FLOPs (1 %) and, by torch's profiler, peak memory (15 %); with
     rollout, derivative, LoRA and recomputation."""
-    config, shape = preset("tiny")
+    config, shape = preset(name)
     changes = dict(batch=8, target="data", lora=4, merge=True, rollout_steps=(8,), fake_samples="fresh",
                    recompute_rollout=checkpointing == "full")
-    recipe = train.recipe_of("tiny", stage, changes | dict(checkpointing=checkpointing))
+    recipe = train.recipe_of(name, stage, changes | dict(checkpointing=checkpointing))
     runs = [plan.steps_on_meta(stage, recipe, config, shape, layers, text_length=4) for layers in (1, 2, 3)]
     flops, peak = plan.at_depth(config.num_layers, *runs)
 
@@ -411,6 +417,7 @@ def test_from_a_published_teacher_to_what_diffusers_opens(kind, tmp_path):
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in reference.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, processes", [("tiny", 1), ("tiny-causal", 2)])
 def test_one_base_with_adapters_trains_as_three_models(story, adapted, name, processes, tmp_path):
     """Teacher, student and fake score as adapters of one network: losses and weights of three networks."""
@@ -524,6 +531,7 @@ def test_folders_name_their_sampler(story):
     assert names == wanted | {"consistency": "consistency", "rcm": "consistency"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, processes", [("tiny", 1), ("tiny-causal", 2)])
 def test_clips_of_the_average_and_of_the_raw_weights_while_training(story, name, processes, tmp_path, alone):
     """They change nothing of the run; those of the average are what its exported model makes."""
@@ -564,6 +572,7 @@ class Codec:
         return torch.tensor(rows)[:, :, None].expand(-1, -1, 32).contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given, helps", [
     ([], ["accumulate 2", "checkpointing full", "lora 256", "recompute-rollout true", "grad-chunks 2"]),
     (["--checkpointing", "full", "--grad-chunks", "2", "--recompute-rollout", "true"], ["accumulate 2"]),
