@@ -188,17 +188,18 @@ class Attention(nn.Module):
         return [y.unflatten(2, (self.heads, -1)) for y in (lean(self.norm_k, self.to_k(x)), self.to_v(x))]
 
     def attend(self, q, k, v, rows=None):
-        """(B, N, heads, head_dim), M keys and values -> (B, N, width). rows: what each row sees, or all."""
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        """(B, N, heads, head_dim), M keys and values -> (B, N, width). rows: of `rows_of_chunks`, or None."""
         if rows is None:
-            x = F.scaled_dot_product_attention(q, k, v)
+            x = attention(q, k, v)
         else:
             lengths, columns = rows
-            q, k, v = (y.split(lengths, 2) for y in (q, k, v))
-            of = lambda y, row: torch.cat([y[i] for i in columns[row]], 2)
-            x = [F.scaled_dot_product_attention(q[i], of(k, i), of(v, i)) for i in range(len(q))]
-            x = torch.cat(x, 2)
-        return self.to_out[0](x.transpose(1, 2).flatten(2))
+            q, k, v = (y.split(lengths, 1) for y in (q, k, v))
+            seen = [[torch.cat([y[i] for i in row], 1) for y in (k, v)] for row in columns]
+            x = torch.cat([attention(query, *keys_values) for query, keys_values in zip(q, seen)], 1)
+        return self.to_out[0](x.flatten(2))
+
+def attention(q, k, v):
+    return F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2)
 
 class Norm(nn.LayerNorm):
     def forward(self, x):
@@ -240,7 +241,8 @@ class Block(nn.Module):
 
         modulation: (B, f, 6, width). spans: (frames, tokens a frame) of each group. rope: of `rotate`. text:
         embedded (B, L, width), or its keys and values. k_past, v_past: a cache's, before x's, or None (not in
-        a tuple, of which a checkpoint never lets go). blank: how many keys and values of zero come last.
+        a tuple, of which a checkpoint never lets go). rows: who sees whom, by `rows_of_chunks`, or None:
+        all see all. blank: how many keys and values of zero come last.
         """
         m = (self.scale_shift_table + modulation.float()).unbind(2)  # shift, scale, gate; shift, scale, gate
 
@@ -322,7 +324,7 @@ def rope_axis(dim, start, count, cell, device):
 # row is one attention over the columns that it sees: no pair is computed to be masked.
 
 def rows_of_chunks(chunks, window, full, compressed, clean):
-    """The table above: tokens of each row, and which columns the row sees.
+    """The table above as (lengths, columns): tokens of each row, and a tuple of the columns that it sees.
 
     chunks: frames of each, the last `window` of them at full resolution. full, compressed: tokens a frame.
     Without clean copies, noisy tokens see the noisy tokens of earlier chunks.
@@ -330,7 +332,7 @@ def rows_of_chunks(chunks, window, full, compressed, clean):
     lengths = [f * compressed for f in chunks[:-window]] + [f * full for f in chunks[-window:]]
     columns = [tuple(range(i + 1)) for i in range(len(chunks))]
     if clean:
-        columns += [(*seen[:-1], seen[-1] + window) for seen in columns[-window:]]
+        columns += [(*row[:-1], row[-1] + window) for row in columns[-window:]]  # noise in its copy's place
         lengths += lengths[-window:]
     return lengths, columns
 
@@ -408,14 +410,15 @@ class Wan(nn.Module):
             wanted = f"{frames} frames, {frames - start} of them in the window"
             raise ValueError(f"chunks are {wanted}; found {z.shape[1]} in z and {video.shape[1]} in all")
         zero = torch.zeros_like(t[:, :1])
-        early, late = (zero, zero), (t, r)
+        past_times, noisy_times = (zero, zero), (t, r)
         if clean is None:
             t, r = t.expand(-1, frames), r.expand(-1, frames)
-            early, late, z = (t[:, :start], r[:, :start]), (t[:, start:], r[:, start:]), z[:, start:]
+            past_times, noisy_times = (t[:, :start], r[:, :start]), (t[:, start:], r[:, start:])
+            z = z[:, start:]
 
-        groups = [self._group(video[:, :start], *early, 0, compressed=True)] if start else []
+        groups = [self._group(video[:, :start], *past_times, 0, compressed=True)] if start else []
         groups += [self._group(clean[:, start:], zero, zero, start)] if clean is not None else []
-        groups += [self._group(z, *late, start)]
+        groups += [self._group(z, *noisy_times, start)]
         patches = self.config.patch_size, self.config.compressed_patch_size
         tokens = [z.shape[3] * z.shape[4] // math.prod(patch) for patch in patches]
         return groups, rows_of_chunks(chunks, window, *tokens, clean is not None)
@@ -433,9 +436,9 @@ class Wan(nn.Module):
         side, device = 2 * (self.config.attention_head_dim // 6), self.proj_out.weight.device
         cells = [large // small for large, small in zip(patch, self.config.patch_size)]
         time = rope_axis(self.config.attention_head_dim - 2 * side, start, f, cells[0], device)[:, None, None]
-        rows = rope_axis(side, 0, h, cells[1], device)[:, None]
-        columns = rope_axis(side, 0, w, cells[2], device)
-        axes = [axis.expand(f, h, w, -1) for axis in (time, rows, columns)]
+        height = rope_axis(side, 0, h, cells[1], device)[:, None]
+        width = rope_axis(side, 0, w, cells[2], device)
+        axes = [axis.expand(f, h, w, -1) for axis in (time, height, width)]
         return torch.view_as_real(torch.cat(axes, -1).flatten(0, 2))
 
     def _blocks(self, groups, text, past=None, rows=None, blank=0, keep=None):
@@ -528,6 +531,10 @@ class Wan(nn.Module):
         if z.shape[3] % p or z.shape[4] % q:
             raise ValueError(f"height and width are {tuple(z.shape[3:])}, expected multiples of {p} x {q}")
         batch = len(text if torch.is_tensor(text) else text[0][0])
+        if clean is not None and (len(clean), *clean.shape[2:]) != (len(z), *z.shape[2:]):
+            raise ValueError(f"clean is {tuple(clean.shape)}, expected {tuple(z.shape)} but for the frames")
+        if chunks is not None and not (len(chunks) and min(chunks) >= 1):
+            raise ValueError(f"chunks are {tuple(chunks)}, expected frames of each, at least 1")
         if batch != len(z):
             raise ValueError(f"text has a batch of {batch}, expected {len(z)} as the video")
 

@@ -100,7 +100,7 @@ class Recipe:
     merge: bool = option(False, "earlier LoRAs go into the frozen weights, new ones are trained")
     share: bool = option(True, "with LoRA: teacher, student and fake score as adapters of one frozen network")
     dtype: str = option("bfloat16", "of the work, not of weights", choices=("float32", "bfloat16"))
-    checkpointing: str = option("full", "what the backward pass recomputes; selective: all but attention",
+    checkpointing: str = option("full", "what is recomputed going back; selective: all but self-attention",
                                 choices=("none", "full", "selective"))
     compile: bool = option(True, "compile the blocks")
 

@@ -6,7 +6,7 @@ import os
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-GRAPHS = 64  # that one function may be compiled to: chunks have many shapes, each with and without gradient
+GRAPHS = 128  # that one function may be compiled to: each number of chunks, with and without gradient
 
 def compile_blocks(model):
     """Compile a network block by block, so that all blocks share their graphs."""

@@ -252,8 +252,8 @@ def cost_of_training(stage, recipe, config, shape, gpus, per_node=8):
         """FLOPs and peak of a step with so many chunks. Updates of the fake score are alike: one counts."""
         if stage == "onpolicy" and recipe.fake_steps > 2 and "fake_steps" not in changes:
             few = functools.partial(step, stage, chunks, place, **changes)
-            flops, peak = few(steps, depths, fake_steps=2)
-            one, more = (few(1, (1, 2), fake_steps=n, grad_chunks=0)[0] for n in (1, 1 + steps))
+            flops, peak = few(steps=steps, depths=depths, fake_steps=2)
+            one, more = (few(depths=(1, 2), fake_steps=n, grad_chunks=0)[0] for n in (1, 1 + steps))
             return flops + (recipe.fake_steps - 2) * (more - one) / steps, peak
         changed = replace(recipe, **no_cost | {"bidirectional": 0.0} | changes)
         runs = [steps_on_meta(stage, changed, config, shape, n, steps, place, chunks) for n in depths]

@@ -267,6 +267,7 @@ def test_text_is_encoded_once_a_prompt():
 # training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["anyflow", "causal"])
 def test_compile_without_graph_breaks(kind):
     model, text = build(kind, num_layers=1), draw("text", 1, 5, 12)
@@ -277,12 +278,14 @@ def test_compile_without_graph_breaks(kind):
     assert error(compiled(*args, **more).detach(), model(*args, **more).detach()) < 1e-5
 
 
-def test_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("chunks", [None, (1, 2, 1, 2)])
+def test_checkpointing_gives_the_same_gradients(chunks):
     model = build()
-    z, text, grads = draw("z", 1, 3, 4, 8, 12), draw("text", 1, 5, 12), []
+    more = dict(clean=draw("clean", 1, 6, 4, 8, 12), chunks=chunks) if chunks else {}
+    z, text, grads = draw("z", 1, 5, 4, 8, 12), draw("text", 1, 5, 12), []
     for model.checkpointing in ("none", "full", "selective"):
         model.zero_grad()
-        model(z, 0.7, 0.2, text).square().sum().backward()
+        model(z, 0.7, 0.2, text, **more).square().sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for other in grads[1:]:
         assert grads[0].keys() == other.keys() and all(torch.equal(grads[0][k], other[k]) for k in grads[0])
@@ -502,6 +505,8 @@ BAD_CALLS = {
     "needs the null prompt": lambda m, z, x: sample.generate(m, x, z, 1, guidance=2.0),
     "rank 0": lambda m, z, x: add_lora(m, 0),
     "has a LoRA already": lambda m, z, x: add_lora(add_lora(m, 1), 1),
+    "clean is \\(1, 3, 4, 4, 12\\)": lambda m, z, x: m(z, 0.5, 0.1, x, clean=z[..., :4, :], chunks=(1, 2)),
+    "chunks are \\(3, 0\\)": lambda m, z, x: m(z, 0.5, 0.1, x, chunks=(3, 0)),
     "only with `chunks`": lambda m, z, x: m(z, 0.5, 0.1, x, clean=z),
     "or `cache`": lambda m, z, x: m(z, 0.5, 0.1, x, chunks=(1, 2), cache=m.new_cache()),
     "batch of 2": lambda m, z, x: m(z, 0.5, 0.1, torch.cat([x, x])),

@@ -362,8 +362,8 @@ def chunks(results, path):
     title = "one causal model, every task, 4 calls a chunk:\nerror of the object's centre"
     tasks.set(xlabel="frame", title=title)
     for axis in (drift, tasks):
-        axis.set(ylabel="better  ←  pixels", ylim=(0, None))
-        axis.legend(fontsize=8)
+        axis.set(ylabel="better  ←  pixels", ylim=(0, 1.25 * axis.get_ylim()[1]))
+        axis.legend(fontsize=8, loc="upper left", ncols=2)
         axis.grid(alpha=0.25)
     figure.tight_layout()
     _save(figure, path)
