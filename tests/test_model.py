@@ -274,7 +274,8 @@ def test_compile_without_graph_breaks(kind):
     z, clean = draw("z", 1, 5, 4, 8, 12), draw("clean", 1, 6, 4, 8, 12)
     more = dict(clean=clean, chunks=(1, 2, 1, 2)) if kind == "causal" else {}
     args = z, torch.tensor([0.7]), torch.tensor([0.2]), text
-    compiled = torch.compile(model, fullgraph=True)
+    backend = "inductor" if kind == "causal" else "aot_eager"  # which makes the same graph and no kernels
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     assert error(compiled(*args, **more).detach(), model(*args, **more).detach()) < 1e-5
 
 
