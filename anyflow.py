@@ -235,8 +235,8 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     is g v + (1 - g) v_null, with the student's own v_null, which the dropped prompts train. Of two forms,
         "published"   u = g v + (1 - g) u(z_t, t, r; null) - (t - r) du/dt,   du/dt along v,
         "consistent"  u = w - (t - r) du/dt, w = g v + (1 - g) u(z_t, t, t; null), du/dt along w,
-    equal at r = t, only the second is eq. (3) of the guided ODE, and has its flow map as fixed point:
-    `python tests/guidance.py` measures both. Any teacher guides the second form by its own null branch.
+    equal at r = t. Only the second is eq. (3) of the guided ODE, whose flow map is its fixed point; the first
+    mixes in the null prompt's (`python tests/guidance.py`). A teacher guides the second by its null branch.
 
     t, r, noise: drawn by `time_pairs` and from the normal if not given. weight: a function of t (B,), if not
     given `time_weight`. balance, anchor_sums: see `_balance`. parts=True: returns the loss, each sample's
@@ -382,10 +382,10 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
         data ---------------- eq. (3), the loss of stage 1 ----------------------------------------> student
                                             +--> detached, flow matching --------------------------> fake
 
-    First the student, judged by a fake score that knows the samples of the step before, one small update
-    away. The fake score then learns the judged samples (one rollout serves both) or, as published, FRESH ones
-    of the updated student, from a second rollout without gradient. If it lags, the student follows its error:
-    more fake_steps, or a slower student, help. Stage 1's loss keeps the jumps that no rollout visits.
+    First the student learns, judged by a fake score that knows the samples of one small update ago; then the
+    fake score, on the judged samples (one rollout serves both) or, as published, on FRESH ones of the updated
+    student, from a second rollout, without gradient. If the fake score lags, the student follows its error:
+    more fake_steps or a slower student helps. Stage 1's loss keeps all other jumps.
 
     batches                what each backward pass takes: a batch, or its micro-batches one by one
     fresh(i)               such batches for the i-th update of the fake score; None: those of `batches` again
@@ -457,9 +457,9 @@ def consistency_simulation(model, noise, grid, k, **cond):
 def best_grid(model, noise, steps, *, points=33, shift=1.0, **cond):
     """Times for `sample`, float64 (steps + 1,), out of `points` shifted ones: those of the most exact jumps.
 
-    A jump differs from two half ones by about its error; one over a single interval counts as exact. Errors
-    add up, unless the flow stretches them: dynamic programming finds the least sum, RMS over samples from
-    noise (B, ...), in 993 calls. steps: a number, or a list, for a list.
+    A jump differs from two half ones by about its error, where short jumps are more exact; one over a single
+    interval counts as exact. Errors add up, unless the flow stretches them: dynamic programming finds the
+    least sum, RMS over samples from noise (B, ...), in 993 calls. steps: a number, or a list, for a list.
     """
     wanted = steps if isinstance(steps, (list, tuple)) else [steps]
     if not all(isinstance(n, int) and 1 <= n < points for n in wanted):

@@ -194,8 +194,9 @@ class Attention(nn.Module):
         else:
             lengths, columns = rows
             q, k, v = (y.split(lengths, 1) for y in (q, k, v))
-            seen = [[torch.cat([y[i] for i in row], 1) for y in (k, v)] for row in columns]
-            x = torch.cat([attention(query, *keys_values) for query, keys_values in zip(q, seen)], 1)
+            seen = lambda y, row: torch.cat([y[i] for i in row], 1)  # made row by row: all at once are large
+            x = [attention(query, seen(k, row), seen(v, row)) for query, row in zip(q, columns)]
+            x = torch.cat(x, 1)
         return self.to_out[0](x.flatten(2))
 
 def attention(q, k, v):
