@@ -2,6 +2,7 @@
 
     python tests/fuzz.py                       # all
     python tests/fuzz.py --cases 30 --seed 1   # a random thirty
+    python tests/fuzz.py --commands FILE       # those of a file, one in each line: sample --steps 0
     python tests/fuzz.py --kills 14            # kill runs at random instants, repeat: bit for bit
 
 Each declared value gets its type's wrong neighbours and what lies beyond its range's ends; each file is
@@ -17,6 +18,7 @@ import math
 import os
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -358,6 +360,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the draw, and of the kills (default 0)")
     parser.add_argument("--only", default="", help="cases with these words in their names")
     parser.add_argument("--allowed", type=int, default=0, help="exit code 0 with so many that do not")
+    parser.add_argument("--commands", type=Path, help="file of commands to be tried in place of these cases")
     parser.add_argument("--kills", type=int, help="only kill so many runs")
     args = parser.parse_args()
     chance = random.Random(args.seed)
@@ -366,8 +369,13 @@ def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         base = Path(place) / "base"
-        make(base)
-        every = [case for case in cases(base) if args.only in case[0]]
+        base.mkdir()
+        if args.commands:
+            lines = map(shlex.split, args.commands.read_text().splitlines())
+            every = [(shlex.join(words), words[0], words[1:], None) for words in lines]
+        else:
+            make(base)
+            every = [case for case in cases(base) if args.only in case[0]]
         picked = chance.sample(every, min(args.cases or len(every), len(every)))
         bad = []
         for case in picked:
