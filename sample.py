@@ -29,11 +29,10 @@ from tqdm import tqdm
 
 import anyflow
 from full.compile import compile_blocks
-from full.files import provenance, read_tensors
+from full.files import provenance, read_tensors, text_of
 from full.hub import find
 from full.options import command, device_of, positive, reason
 from full.pixels import FORMATS, Published, check_writer, clips_of, context_of, finite, latent_shape, save
-from full.pixels import text_of as read_text
 from model import Wan
 from toy import world
 
@@ -244,7 +243,7 @@ def told(chunks, calls):
 def run(args):
     """All of the command line's clips. Raises ValueError; OSError and RuntimeError where it cannot go on."""
     args.model, args.parts = find(args.model, args.revision), args.parts and find(args.parts)
-    args.negative = read_text(args.negative)
+    args.negative = text_of(args.negative)
     steps = anyflow.time_grid(args.times) if args.times else args.steps
     device, made = device_of(args.device), provenance(args.model)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))

@@ -71,6 +71,10 @@ def read_text(path, read, wrong):
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} {wrong}: {error}") from None
 
+def text_of(option):
+    """A text as given on a command line, or that of FILE for @FILE."""
+    return read_text(Path(option[1:]), str.strip, "is no text") if option.startswith("@") else option
+
 def read_json(path):
     return read_text(path, json.loads, "is no JSON")
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
-from full.files import read_json, read_tensors, read_text, write
+from full.files import read_json, read_tensors, read_text, text_of, write
 from full.options import check, option, reason
 
 FPS = 16  # of Wan
@@ -272,10 +272,6 @@ def save(stem, formats, latents, pixels, fps):
     for ending in formats:
         write(f"{stem}{ending}", savers[ending])
     return ", ".join(f"{stem}{ending}" for ending in formats)
-
-def text_of(option):
-    """A prompt as given on a command line, or the text of FILE for @FILE."""
-    return read_text(Path(option[1:]), str.strip, "is no text") if option.startswith("@") else option
 
 @dataclass(frozen=True)
 class Prompt:

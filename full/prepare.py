@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from full.data import NAMES, open_shard, preset
-from full.files import hold, read_json, read_lines, write, write_json
+from full.files import hold, read_json, read_lines, text_of, write, write_json
 from full.hub import find
 from full.options import check, command, device_of, option, positive
-from full.pixels import VAE, TextEncoder, read_video, text_of
+from full.pixels import VAE, TextEncoder, read_video
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 
