@@ -128,7 +128,7 @@ def results(**changes):
 
 
 def held(**changes):
-    return [claim["holds"] for claim in plots.judge(results(**changes))]
+    return [claim["holds"] for claim in plots.decide(results(**changes))]
 
 
 def test_claims_are_judged_from_the_numbers():
@@ -192,7 +192,7 @@ def test_the_published_recipe_undoes_every_choice(tmp_path, monkeypatch):
     monkeypatch.setattr(flow2d, "Ruler", lambda *given: None)
     for more in ([], ["--recipe", "published"], ["--undo", "weight", "balance"]):
         args = flow2d.parse(["--steps", "1", "--out", str(tmp_path), *more])
-        next(flow2d.trained(args, ["anyflow"]))
+        next(flow2d.trained_seeds(args, ["anyflow"]))
     ours, published, some = seen
     assert all(ours[name] != published[name] for name in flow2d.RECIPE)
     assert [name for name in ours if some[name] != ours[name]] == ["weight", "balance"]

@@ -50,7 +50,7 @@ RECIPE = {
     "fake-steps": (3, 1),  # the fake score must keep up with the student
     "fake-noises": (4, 1),  # of a sample, in each of them
     "dmd-weight": (4.0, 1.0),
-    "dmd-times": (0.85, 1.0),  # up to: above, the fake score's error outweighs what it has to say
+    "dmd-times": (0.85, 1.0),  # from 0.02 up to: above, the fake score's error outweighs what it has to say
     "dmd-mean": ("batch", "sample"),  # in eq. (5)
 }
 
@@ -79,7 +79,7 @@ class Mixture:
 
     def velocity(self, z, t, r=None):
         """v(z, t) (B, 2), in the precision of z. It ignores r: it stands where a teacher is asked."""
-        # The sum of E[eps] - E[x] of the components: (E[eps | z] - z) / (1 - t) is 0/0 at t = 1.
+        # The mean of E[eps - x] over the components: (E[eps | z] - z) / (1 - t) is 0/0 at t = 1.
         t = torch.as_tensor(t, dtype=torch.float64).clamp(1e-6, 1 - 1e-6).expand(len(z))[:, None, None]
         s, d = 1 - t, z.double()[:, None] - (1 - t) * self.centres  # (B, K, 2)
         if self.shape == "gaussian":
@@ -104,7 +104,7 @@ class Mixture:
         return (area(z + a + b) - area(z + a - b) - area(z - a + b) + area(z - a - b)).mean(0)
 
     def flow(self, z, grid, substeps=2):
-        """Exact ODE states at the times of a falling grid, from z: (len(grid), B, 2). RK4, float64."""
+        """Exact ODE states at the times of a fine falling grid, from z: (len(grid), B, 2). RK4, float64."""
         states = [z.double()]
         for start, stop in zip(grid[:-1], grid[1:]):
             y, h = states[-1], (stop - start) / substeps
@@ -193,7 +193,7 @@ class Learner:
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr, betas, fused=True)
 
     def update(self, step):
-        """With the gradients that are there, in the learning rate of that step."""
+        """One step with the present gradients, at that step's learning rate."""
         decay = (1 + math.cos(math.pi * step / self.steps)) / 2
         self.optimiser.param_groups[0]["lr"] = self.lr * min(1, (step + 1) / 50) * decay
         parameters = list(self.model.parameters())
@@ -239,26 +239,26 @@ def train(density, methods, steps, batch, seed, exact_teacher=False, undone=(), 
 
         nets[name], seconds[name] = learner.average, repeat(name, learner.steps, one_step)
 
-    def consistency_loss(model, progress, share=1):  # finer teacher steps later: first fast, then exact
-        x, weight, finer = data()[::share], lambda t: 1 / (t + 0.05) ** 2, int(10 * 4**progress)
+    def consistency_loss(model, progress, every=1):  # finer teacher steps later: first fast, then exact
+        x, weight, finer = data()[::every], lambda t: 1 / (t + 0.05) ** 2, int(10 * 4**progress)
         return anyflow.consistency_loss(model, velocity, x, steps=finer, weight=weight)
 
     def flow_map_loss(model, progress=1.0):
         teacher = velocity if recipe["velocity"] == "teacher" else None
         loss = anyflow.flow_map_loss(model, data(), teacher=teacher, weight=recipe["weight"],
                                      balance=recipe["balance"])
-        return loss + consistency_loss(model, progress, share=2) if recipe["ends"] else loss
+        return loss + consistency_loss(model, progress, every=2) if recipe["ends"] else loss
 
     fit("teacher", MLP(), lambda model, _: anyflow.flow_matching_loss(model, data()), 3e-3, 2 * steps)
     trained = nets["teacher"]  # every student starts as the teacher, and learns from its velocity
     velocity = nets["teacher"] = density.velocity if exact_teacher else trained
     fit("consistency", trained, consistency_loss, 2e-3, steps)
     fit("anyflow-forward", trained, flow_map_loss, 2e-3, steps)
-    start, more_of_it = nets.get("anyflow-forward"), lambda model, _: flow_map_loss(model)
-    fit("anyflow-control", start, more_of_it, recipe["rate"], more, **gentle)
+    forward = nets.get("anyflow-forward")
+    fit("anyflow-control", forward, lambda model, _: flow_map_loss(model), recipe["rate"], more, **gentle)
     if "anyflow" in methods or "anyflow-gamma" in methods:
-        learners = {name: Learner(start, recipe["rate"], more, **gentle)
-                    for name, start in (("student", start), ("fake", trained))}
+        learners = {name: Learner(net, recipe["rate"], more, **gentle)
+                    for name, net in (("student", forward), ("fake", trained))}
         seconds["anyflow"] = on_policy(learners, velocity, flow_map_loss, batch, recipe)
         nets["anyflow"] = learners["student"].average
     if "anyflow-gamma" in methods:
@@ -362,18 +362,21 @@ def parse(argv):
     add = parser.add_argument
     add("--density", choices=DENSITIES, default="checkerboard")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="teacher is always one")
-    add("--recipe", choices=("tuned", "published"), default="tuned", help="our choices or the paper's")
-    add("--undo", nargs="+", choices=RECIPE, default=[], help="the paper's choice in these alone")
+    choices = parser.add_mutually_exclusive_group().add_argument
+    choices("--recipe", choices=("tuned", "published"), default="tuned", help="our choices or the paper's")
+    choices("--undo", nargs="+", choices=RECIPE, default=[], help="the paper's choice in these alone")
     add("--exact-teacher", action="store_true", help="distil the closed-form velocity, not the trained one")
     add("--seeds", type=positive, default=1, help="how many; results are medians over them (default 1)")
     add("--seed", type=int, default=0, help="the first (default 0)")
     add("--steps", type=positive, help="of a student (default 5000, --fast 1000); the teacher has twice")
     add("--batch", type=positive, default=512, help="(default 512)")
     add("--out", type=Path, default=Path("out/flow2d"))
-    add("--fast", action="store_true", help="under a minute: fewer steps and samples")
+    add("--fast", action="store_true", help="about a minute: fewer steps and samples")
+    choices("--departures", action="store_true", help="instead: short runs with each of the paper's choices")
     add("--choose-gamma", action="store_true", help="instead: train AnyFlow, measure many gamma, draw them")
-    add("--departures", action="store_true", help="instead: short runs, each with one of the paper's choices")
     args = parser.parse_args(argv)
+    if args.choose_gamma + args.departures + (args.methods != METHODS) > 1:
+        parser.error("found more than one of --choose-gamma, --departures and --methods, expected one")
     args.steps, args.points = args.steps or (1000 if args.fast else 5000), 2**12 if args.fast else 2**15
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -381,7 +384,7 @@ def parse(argv):
         parser.error(f"cannot write to --out {args.out}: {error.strerror}")
     return args
 
-def trained(args, methods):
+def trained_seeds(args, methods):
     """For each seed: what `train` gives, and the ruler."""
     density, undone = DENSITIES[args.density](), RECIPE if args.recipe == "published" else args.undo
     for seed in range(args.seed, args.seed + args.seeds):
@@ -399,7 +402,7 @@ def departures(args):
             how = args.batch, seed + 1000 * ("again" in way), args.exact_teacher, undone, given
             nets, _ = train(density, ["anyflow"], max(1, args.steps // 5), *how)
             ours = ours or {"anyflow-forward": nets["anyflow-forward"]}
-            for name in [name for name in ("anyflow-forward", "anyflow") if name not in given]:
+            for name in [name for name in nets if name not in given]:
                 row = [ruler.swd(ruler.sample(nets[name], n, ruler.points // 2, 0.0)[0]) for n in NFE]
                 scores.setdefault(f"{way}, stage {1 + (name == 'anyflow')}", []).append(row)
         write_json(args.out / "departures.json", scores)
@@ -414,10 +417,10 @@ def choose_gamma(args):
     gammas, nfe = [0.0] + [2.0**-k for k in range(6, -1, -1)], NFE[1:]  # one call draws no noise
     score = lambda ruler, net, n, gamma: ruler.swd(ruler.sample(net, n, 2 * ruler.points, gamma)[0])
     scores = np.array([[[score(ruler, nets["anyflow"], n, gamma) for n in nfe] for gamma in gammas]
-                       for nets, _, ruler in trained(args, ["anyflow"])])  # (seeds, gammas, NFE)
+                       for nets, _, ruler in trained_seeds(args, ["anyflow"])])  # (seeds, gammas, NFE)
     rows = {f"gamma {gamma:.4f}": row.tolist() for gamma, row in zip(gammas, np.median(scores, 0))}
     print(plots.table("sliced Wasserstein distance, lower is better, median", nfe, rows, digits=4))
-    for c in (0, 1, 2, 4):
+    for c in (0, 1, 2, 4, 8):
         rule = [scores[:, gammas.index(gamma_of(n, c)), i] for i, n in enumerate(nfe)]
         print(f"gamma = min(1, {c} / calls): {np.exp(np.log(rule).mean()):.4f}, geometric mean of all")
     plots.gammas(gammas, nfe, scores, args.out / "gamma.png")
@@ -425,9 +428,8 @@ def choose_gamma(args):
 def run(args):
     start, floors, seconds = time.perf_counter(), [], {}
     results = {"density": args.density, "options": vars(args) | {"out": str(args.out)}, "nfe": NFE,
-               "gamma": [*map(gamma_of, NFE)], "floor": 0.0, "floor_ode": 0.0, "methods": {},
-               "best_times": {}}
-    for nets, took, ruler in trained(args, args.methods):
+               "gamma": [*map(gamma_of, NFE)], "methods": {}, "best_times": {}}
+    for nets, took, ruler in trained_seeds(args, args.methods):
         samples, states = {}, {}
         for name, net in nets.items():
             scores, samples[name], states[name] = ruler.measure(name, net)
@@ -441,7 +443,7 @@ def run(args):
                 results["best_times"].setdefault(name, []).append(ruler.best_times(net))
         floors.append((ruler.floor, ruler.floor_ode))
         results["floor"], results["floor_ode"] = map(statistics.median, zip(*floors))
-        results["claims"] = plots.judge(results)
+        results["claims"] = plots.decide(results)
         results["seconds"] = time.perf_counter() - start
         write_json(args.out / "results.json", results)
         plots.quality(results, args.out / "quality.png")
@@ -460,7 +462,8 @@ def run(args):
 def main(argv=None):
     args = parse(argv)
     work = choose_gamma if args.choose_gamma else departures if args.departures else run
-    command("toy.flow2d", partial(work, args), "what the finished seeds gave is in place")
+    kept = "nothing is kept" if args.choose_gamma else "what the finished seeds gave is in place"
+    command("toy.flow2d", partial(work, args), kept)
 
 if __name__ == "__main__":
     main()

@@ -12,12 +12,12 @@ from toy.world import rgb
 
 # Okabe-Ito: told apart by colour-blind readers; markers and dashes tell them apart in grey.
 STYLE = {
-    "teacher": dict(color="#666666", marker="s", linestyle=":", label="teacher (Euler)"),
+    "teacher": dict(color="#009E73", marker="s", linestyle=":", label="teacher (Euler)"),
     "consistency": dict(color="#D55E00", marker="^", linestyle="--", label="consistency"),
-    "anyflow-forward": dict(color="#56B4E9", marker="v", linestyle="-.", label="AnyFlow, forward only"),
-    "anyflow-control": dict(color="#009E73", marker="d", linestyle="-.", label="AnyFlow, no DMD"),
-    "anyflow": dict(color="#0072B2", marker="o", linestyle="-", label="AnyFlow"),
-    "anyflow-gamma": dict(color="#CC79A7", marker="P", linestyle="--", label="AnyFlow, re-noised"),
+    "anyflow-forward": dict(color="#56B4E9", marker="v", linestyle="-.", label="AnyFlow, stage 1"),
+    "anyflow-control": dict(color="#666666", marker="d", linestyle="-.", label="control: stage 1, longer"),
+    "anyflow": dict(color="#0072B2", marker="o", linestyle="-", label="AnyFlow, stage 2"),
+    "anyflow-gamma": dict(color="#CC79A7", marker="P", linestyle="--", label="stage 2, gamma = 2 / calls"),
 }
 plt.switch_backend("Agg")
 plt.rcParams.update({"figure.dpi": 110, "savefig.bbox": "tight", "font.size": 10, "axes.spines.top": False,
@@ -71,6 +71,9 @@ def _budget_axis(axis, nfe):
 def _calls(n):
     return f"{n} call{'s' * (n > 1)}"
 
+def _seeds(n):
+    return f"{n} seed{'s' * (n > 1)}"
+
 def _bare(axis):
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
@@ -95,7 +98,7 @@ def medians(results):
 
 def distances(results):
     """Sliced Wasserstein distance by method and NFE, median over seeds, as text."""
-    rows = {name: [*scores["swd"], f"{results['methods'][name]['train_seconds']:.0f} s"]
+    rows = {STYLE[name]["label"]: [*scores["swd"], f"{results['methods'][name]['train_seconds']:.0f} s"]
             for name, scores in medians(results).items()}
     title = (f"sliced Wasserstein distance, lower is better; sampling floor {results['floor']:.4f}, without"
              f" fresh noise {results['floor_ode']:.4f}")
@@ -103,10 +106,11 @@ def distances(results):
     if not best:
         return text
     calls = [*next(iter(best.values()))[0]]
-    rows = {name: [statistics.median(row[n] for row in seeds) for n in calls] for name, seeds in best.items()}
+    rows = {STYLE[name]["label"]: [statistics.median(row[n] for row in seeds) for n in calls]
+            for name, seeds in best.items()}
     return f"{text}\n\n{table('at the times of anyflow.best_grid', calls, rows, digits=4)}"
 
-def judge(results):
+def decide(results):
     """The claims of the 2-D toy, decided by the medians over seeds: [{"claim", "holds", "figures"}]."""
     nfe, scores = results["nfe"], medians(results)
     at = {n: i for i, n in enumerate(nfe)}
@@ -162,10 +166,11 @@ def quality(results, path):
     floor = f"sampling floor ({results['floor_ode']:.4f} without fresh noise)"
     axes[0].text(nfe[0], results["floor"] * 1.06, floor, fontsize=8)
     axes[0].set_ylabel("better  ←  data units")
-    axes[0].legend(fontsize=8, loc="upper right")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, ncols=6, loc="upper center",
+                  bbox_to_anchor=(0.5, -0.02))
     seeds = len(next(iter(methods.values()))["swd"][0])
-    plural = "s: lines are medians, bands the range" if seeds > 1 else ""
-    figure.suptitle(f"{results['density']}, {seeds} seed{plural}. Lower is better.", fontsize=11, y=1.06)
+    bands = ": lines are medians, bands the range" if seeds > 1 else ""
+    figure.suptitle(f"{results['density']}, {_seeds(seeds)}{bands}. Lower is better.", fontsize=11, y=1.06)
     _save(figure, path)
 
 def gammas(gammas, nfe, scores, path):
@@ -177,7 +182,7 @@ def gammas(gammas, nfe, scores, path):
     axis.set(yscale="log", ylabel="better  ←  sliced Wasserstein distance, data units",
              xlabel="gamma: 0 stays on the ODE path, 1 returns to fresh noise after each jump")
     axis.yaxis.set(major_formatter="{x:.3f}", minor_formatter="{x:.3f}")
-    axis.set_title(f"AnyFlow, median of {len(scores)} seeds")
+    axis.set_title(f"AnyFlow, stage 2, median of {_seeds(len(scores))}")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.25)
     _save(figure, path)
@@ -204,14 +209,17 @@ def trajectories(exact, states, nfe, path, budgets=(1, 2, 4, 16), count=16):
     _save(figure, path)
 
 def sample_grid(target, samples, nfe, path, budgets=(1, 2, 4, 8, 64)):
-    """Samples {name: [(B, 2) per nfe]} by method (rows) and calls (columns), beside the data."""
+    """Density of samples {name: [(B, 2) per nfe]} by method (rows) and calls (columns), beside the data's:
+    of as many points in every panel, on one scale."""
     names = [name for name in STYLE if name in samples and name != "anyflow-control"]
-    limit = 1.15 * target.abs().max().item()
+    limit, count = 1.15 * target.abs().max().item(), len(target)
+    root = lambda cloud: np.sqrt(np.histogram2d(*cloud[:count].numpy().T, 64, [[-limit, limit]] * 2)[0].T)
     figure, axes = _grid(names, [*map(_calls, budgets), "data"], (1.85, 1.95), limit)
+    look = dict(origin="lower", cmap="magma", extent=2 * (-limit, limit), clim=(0, 1.2 * root(target).max()))
     for name in names:
         for axis, cloud in zip(axes[name], [samples[name][nfe.index(n)] for n in budgets] + [target]):
-            density = np.histogram2d(*cloud.numpy().T, bins=64, range=[[-limit, limit]] * 2)[0]
-            axis.imshow(np.sqrt(density.T), origin="lower", cmap="magma", extent=2 * (-limit, limit))
+            axis.imshow(root(cloud), **look)
+    figure.suptitle("the brighter, the more samples; one scale for all", fontsize=10, y=1.01)
     figure.tight_layout(pad=0.4)
     _save(figure, path)
 
@@ -238,16 +246,18 @@ def jumping(states, nfe, path, budgets=(1, 2, 4, 16), count=500, frames=30, hold
     _animate(figure, path, [*range(frames + 1)] + [frames] * hold, draw, fps=12, dpi=70)
 
 def losses(rows, names, path):
-    """Losses of a run, rows [{"step", name: value}], each smoothed over a fiftieth of the run."""
+    """Losses of a run, rows [{"step", name: value}], each with its mean over a fiftieth of the run."""
     present = [name for name in names if any(name in row for row in rows)]
     figure, axes = plt.subplots(1, max(1, len(present)), figsize=(4.2 * len(present) + 1, 3.2), squeeze=False)
     for axis, name in zip(axes[0], present):
         step, value = np.array([(row["step"], row[name]) for row in rows if name in row]).T
         width = max(1, len(step) // 50)
         smooth = np.convolve(value, np.ones(width) / width, "valid")
-        axis.plot(step, value, color="#999999", lw=0.4)
-        axis.plot(step[len(step) - len(smooth) :], smooth, color="#0072B2")
+        axis.plot(step, value, color="#999999", lw=0.4, label="a step")
+        middle = step[width // 2 :][: len(smooth)]
+        axis.plot(middle, smooth, color="#0072B2", label=f"mean of {width}" if width > 1 else None)
         axis.set(xlabel="step", title=f"{name}: {names[name]}", yscale="log" if value.min() > 0 else "linear")
+        axis.legend(fontsize=8)
         axis.grid(alpha=0.25)
     figure.tight_layout()
     _save(figure, path)
@@ -256,8 +266,8 @@ def losses(rows, names, path):
 # ---- The video world -------------------------------------------------------------------------------------
 
 def video_quality(results, also, path):
-    """Distance to the world's nearest clip and distance of a preview, against network calls, by family; pale,
-    the results `also` of other training runs."""
+    """Distance to the world's nearest clip, distance of a preview and share of stars, against network calls,
+    by family; pale, the results `also` of other training runs."""
     nfe, families = results["nfe"], results["methods"]
     count = 3 if results["stars"] else 2
     size = 4.6 * len(families), 3.4 * count
@@ -278,12 +288,17 @@ def video_quality(results, also, path):
             _budget_axis(axis, nfe)
             axis.set_yticks([0.05, 0.1, 0.2, 0.3, 0.5, 1.0], ["0.05", "0.1", "0.2", "0.3", "0.5", "1"])
             axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-            axis.set(ylabel="better  ←  RMS / RMS of a clip", ylim=(0.8 * lowest, 1.25 * highest))
+            size = "the object" if axis is column[0] else "a clip"
+            axis.set(ylabel=f"better  ←  RMS / RMS of {size}", ylim=(0.8 * lowest, 1.25 * highest))
         for axis in column[2:]:
             axis.axhline(results["stars"], color="black", lw=0.8)
             _budget_axis(axis, nfe)
             axis.set(yscale="linear", ylabel="share of stars", title="fine detail: stars (line: the truth)")
+        for axis in column[:-1]:
+            axis.set_xlabel("")
     axes[0, 0].legend(fontsize=8)
+    if also:
+        figure.suptitle("pale: another training run", fontsize=10, y=0.93)
     _save(figure, path)
 
 def path_error(results, away, grid, path, budgets=(1, 4, 32)):
@@ -299,7 +314,7 @@ def path_error(results, away, grid, path, budgets=(1, 4, 32)):
         for axis, n in zip(ways, budgets):
             axis.plot(grid[:: nfe[-1] // n], rows[nfe.index(n)], markersize=4, **STYLE[method])
     _budget_axis(calls, nfe)
-    calls.set(title="distance to the exact path,\nmean of the states visited", yscale="linear",
+    calls.set(title="distance to the exact path,\nRMS over the states visited", yscale="linear",
               ylabel="better  ←  RMS / RMS of a clip", ylim=(0, None))
     calls.legend(fontsize=8)
     for axis, n in zip(ways, budgets):
@@ -356,7 +371,7 @@ def chunks(results, path):
         drift.plot(range(1, len(row) + 1), row, markersize=5, **STYLE[method])
     drift.set(xlabel="chunk (of 1, then 2 frames; trained on 5 chunks)", xticks=range(1, len(row) + 1),
               title="streaming on from its own chunks, 4 calls each:\nerror of the object's centre")
-    looks = zip(("#999999", "#E69F00", "#009E73"), "s^o")
+    looks = zip(("#999999", "#E69F00", "#CC79A7"), "s^o")
     for (name, row), (colour, marker) in zip(results["continuation"].items(), looks):
         tasks.plot(range(1, len(row) + 1), row, color=colour, marker=marker, markersize=5, label=name)
     title = "one causal model, every task, 4 calls a chunk:\nerror of the object's centre"

@@ -39,8 +39,8 @@ SHIFT = 2.0  # of the sampling grid, as in training
 
 # Every run of `train.py`, as one would type it; the name of a run stands for its folder. The causal teacher
 # is first: it learns motion from clean past frames. A bidirectional one from random weights moved its objects
-# left for right in half of its clips after 5,000 steps. The causal teacher also judges: a bidirectional one
-# sees whole clips, but makes worse ones.
+# left for right in half of its clips after 5,000 steps. The causal one also judges the causal student: a
+# bidirectional one sees whole clips, but makes worse ones.
 STORY = {
     "causal-teacher": "teacher --preset tiny-causal",
     "bidirectional-teacher": "teacher --preset tiny --init causal-teacher --steps 6000",
@@ -204,7 +204,7 @@ def apart(clips, others):
     mean = lambda x: x.square().mean((1, 2, 3, 4))
     return (mean(clips - others) / mean(others)).sqrt().mean().item()
 
-def judge(results):
+def decide(results):
     """The claims, each decided by the numbers in results: [{"claim", "holds", "figures"}]."""
     claims, at_4 = plots.Claims(NFE, digits=3), NFE.index(4)
     for family in FAMILIES:
@@ -254,11 +254,11 @@ def judge(results):
 
 def table(results):
     """Distance to the nearest clip of the world for the prompt, by family, method and NFE, as text."""
-    rows = {f"{family} {method}": scores
+    rows = {f"{family}: {plots.STYLE[method]['label']}": scores
             for family, methods in results["methods"].items() for method, scores in methods.items()}
     of_world = "distance to the nearest clip of the world for the prompt: 0 is best, 1 an empty clip"
     titles = {"distance": of_world,
-              "path_error": "distance to the exact path from the same noise: 0 is best, 1 an empty clip",
+              "path_error": "RMS distance to the exact path of the same noise, over the RMS of a clip",
               "star rate": f"share of background pixels that are a star: {results['stars']} is the truth"}
     by_calls = [plots.table(title, NFE, {name: scores[key] for name, scores in rows.items() if key in scores})
                 for key, title in titles.items() if any(key in scores for scores in rows.values())]
@@ -303,7 +303,7 @@ def world_of(folder):
     """The world that a model was trained in. ValueError for none."""
     name = provenance(folder).get("data")
     if name not in WORLDS:
-        raise ValueError(f"{folder} was trained on {name}, expected one of the worlds {', '.join(WORLDS)}")
+        raise ValueError(f"no model at {folder} that was trained in one of the worlds {', '.join(WORLDS)}")
     return WORLDS[name]
 
 def read_results(path):
@@ -352,7 +352,7 @@ def tell(args):
     results["gravity"] = {"before": measured(falling, "causal-anyflow")[0],
                           "after": measured(falling, "causal-gravity")[0]}
     bar.close()
-    results["claims"] = judge(results)
+    results["claims"] = decide(results)
     results["seconds"] = time.perf_counter() - begin
     write_json(args.out / "results.json", results)
     plots.video_quality(results, also, args.out / "quality.png")
@@ -397,7 +397,8 @@ def main(argv=None):
     if args.seed < 0:
         parser.error(f"--seed is {args.seed}, expected at least 0")
     shards = lambda: write_shards(WORLDS[args.world], args.write_shards, args.clips, args.seed)
-    command("toy.video", shards if args.write_shards else lambda: tell(args), "the same command goes on")
+    kept = "the same command goes on" if args.train or args.write_shards else "nothing is kept"
+    command("toy.video", shards if args.write_shards else lambda: tell(args), kept)
 
 if __name__ == "__main__":
     main()

@@ -11,6 +11,7 @@ A clip is (F, 3, 12, 12): background 0, colours at -2 and 2, a unit of variance 
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ def parse_prompt(prompt):
 
     ValueError names the kind of word that is missing, or that is there twice.
     """
-    words, indices = prompt.lower().replace(",", " ").split(), []
+    words, indices = re.findall("[a-z]+", prompt.lower()), []
     for name, kind in zip(("colour", "shape", "direction", "speed"), KINDS):
         found = [word for word in words if word in kind]
         if len(found) != 1:
@@ -151,9 +152,10 @@ class World:
         return ((y - x) / t[:, :, None, None, None]).to(z.dtype)
 
     def flow(self, z, grid, labels):
-        """Exact ODE states at the times of a grid that falls to 0, from z: (len(grid), B, F, 3, 12, 12).
+        """Exact ODE states at the times of a fine grid that falls to 0, from z: (len(grid), B, F, 3, 12, 12).
 
-        RK4 in float64. The last step, to 0, is Euler's: it lands on E[x | z], which moves no more below .15.
+        RK4 in float64. The last step, to 0, is Euler's and lands on E[x | z], which is constant for
+        t < .15: begin it there.
         """
         v, states = lambda z, t: self.velocity(z, t, labels), [z.double()]
         for t, r in zip(grid[:-1], grid[1:]):
@@ -269,35 +271,37 @@ class Posterior:
         fractions, part_of_frame = (offset - whole)[0].unique(dim=0, return_inverse=True)
         for i, fraction in enumerate(fractions):
             f = (part_of_frame == i).nonzero()[:, 0]
-            some = s_c[..., f], s_z[..., f], s2[..., f]
-            empty = self.log_odds(0, *some[1:], self.total)
-            self.parts.append((fraction, f, *some, empty, F.softplus(empty)))
+            part = SimpleNamespace(offset=fraction, frames=f, s_c=s_c[..., f], s_z=s_z[..., f], s2=s2[..., f])
+            part.empty = self.log_odds(0, part.s_z, part.s2, self.total)  # of a star, without an object
+            part.no_object = F.softplus(part.empty)
+            self.parts.append(part)
 
     def log_odds(self, m, s_z, s2, total):
         return self.prior + (1 - m) * (s_z - s2 * (1.5 * (1 - m) + m * total))
 
     def mean(self):
         """E[x | z], (B, F, 3, 12, 12)."""
-        likely, tables = self.of_grid()
+        log_p, tables = self.of_grid()
         wide = CELL * self.curvature.sqrt() > NARROW
-        clip, start, weight = self.refined(likely, wide)
+        clip, start, weight = self.refined(log_p, wide)
         x = torch.zeros(*self.places.transpose(1, 2).shape, 3, dtype=torch.float64)  # (B, 144, F, 3)
-        for (fraction, f, _s_c, s_z, s2, empty, _), (values, entries, odds) in zip(self.parts, tables):
-            star = empty.sigmoid().contiguous()  # which is filled through views
+        for part, (values, entries, odds) in zip(self.parts, tables):
+            star = part.empty.sigmoid().contiguous()  # which is filled through views
             covered, none = torch.zeros_like(star), star.clone()
             for i in (~wide).nonzero()[:, 0].tolist():
-                weights = likely[i].softmax(0).repeat_interleave(entries.shape[1])
+                weights = log_p[i].softmax(0).repeat_interleave(entries.shape[1])
                 share = torch.zeros(len(values) * SIZE**2, dtype=weights.dtype)
                 share = share.index_add_(0, entries.flatten(), weights).view(len(values), -1, 1)
                 m = values[:, None, None]
                 covered[i] = (share * m).sum(0)
                 star[i] += (share * ((1 - m) * odds[i].sigmoid() - none[i])).sum(0)
             if wide.any():
-                pair, pixel, m, odds = self.under_mask(clip, start, fraction, s_z, s2)
+                pair, pixel, m, odds = self.under_mask(clip, start, part)
                 w = weight[pair][:, None].to(m.dtype)
                 covered.flatten(0, 1).index_add_(0, pixel, (w * m).expand_as(odds))
-                star.flatten(0, 1).index_add_(0, pixel, w * ((1 - m) * odds.sigmoid() - rows(none, pixel)))
-            x[:, :, f] = covered[..., None] * self.colour[:, None, None] + star[..., None].double()
+                more = (1 - m) * odds.sigmoid() - at_pixels(none, pixel)
+                star.flatten(0, 1).index_add_(0, pixel, w * more)
+            x[:, :, part.frames] = covered[..., None] * self.colour[:, None, None] + star[..., None].double()
         x, places = x.permute(0, 2, 3, 1), self.places[:, :, None].expand(-1, -1, 3, -1)
         return torch.zeros_like(x).scatter(3, places, x).unflatten(3, (SIZE, SIZE))
 
@@ -306,61 +310,61 @@ class Posterior:
 
         On that grid a coverage has few values: what a pixel says of each is computed once.
         """
-        likely, tables = 0, []
-        for fraction, _, s_c, s_z, s2, _, no_object in self.parts:
-            values, entries = coverage_table(self.shape.item(), tuple(fraction.tolist()))
-            s_c, s_z, s2, no_object = (x[:, None] for x in (s_c, s_z, s2, no_object))
+        log_p, tables = 0, []
+        for part in self.parts:
+            values, entries = coverage_table(self.shape.item(), tuple(part.offset.tolist()))
+            s_c, s_z, s2, no_object = (x[:, None] for x in (part.s_c, part.s_z, part.s2, part.no_object))
             m = values[:, None, None]  # tables are (B, K, 144, f)
             odds = self.log_odds(m, s_z, s2, self.total[:, None])
             said = m * s_c - 6 * m * m * s2 + F.softplus(odds) - no_object
-            likely = likely + said.sum(3).flatten(1)[:, entries].sum(2)
+            log_p = log_p + said.sum(3).flatten(1)[:, entries].sum(2)
             tables.append((values, entries, odds))
-        return likely.double(), tables
+        return log_p.double(), tables
 
-    def refined(self, likely, wide):
+    def refined(self, log_p, wide):
         """Clip (n,), start (n, 2) and weight (n,) of as many and as small cells as the wide clips need."""
         corners = torch.tensor([[x, y] for x in (-0.5, 0.5) for y in (-0.5, 0.5)])
-        per_clip = torch.zeros(len(likely), dtype=torch.float64)
-        best_of = lambda clip, likely: (per_clip - math.inf).scatter_reduce(0, clip, likely, "amax")[clip]
+        per_clip = torch.zeros(len(log_p), dtype=torch.float64)
+        best_of = lambda clip, log_p: (per_clip - math.inf).scatter_reduce(0, clip, log_p, "amax")[clip]
         clip, start = wide.nonzero()[:, 0].repeat_interleave(len(STARTS)), STARTS.repeat(int(wide.sum()), 1)
-        start, likely = start.to(self.total.dtype), likely[wide].flatten()
+        start, log_p = start.to(self.total.dtype), log_p[wide].flatten()
         width, cell, done = self.curvature.rsqrt(), CELL, []
         while len(clip):
             # A centre that is half a diagonal off the best point of its cell says too little of it.
             wide = cell > NARROW * width
             slack = NEGLIGIBLE**0.5 + torch.where(wide, 0.5 * cell / width, 0)
-            kept = likely > best_of(clip, likely) - slack[clip].square()
-            clip, start, likely = clip[kept], start[kept], likely[kept]
+            kept = log_p > best_of(clip, log_p) - slack[clip].square()
+            clip, start, log_p = clip[kept], start[kept], log_p[kept]
             more = wide[clip]
-            done.append((clip[~more], start[~more], likely[~more]))
+            done.append((clip[~more], start[~more], log_p[~more]))
             clip, start, cell = clip[more].repeat_interleave(4), start[more][:, None], cell / 2
             start = (start + corners * cell).flatten(0, 1)
-            likely = self.log_likelihood(clip, start)
+            log_p = self.log_likelihood(clip, start)
         if not done:
             return None, None, None
-        clip, start, likely = (torch.cat(parts) for parts in zip(*done))
-        weight = (likely - best_of(clip, likely)).exp()
+        clip, start, log_p = (torch.cat(parts) for parts in zip(*done))
+        weight = (log_p - best_of(clip, log_p)).exp()
         return clip, start, weight / per_clip.index_add(0, clip, weight)[clip]
 
     def log_likelihood(self, clip, start):
         """Of starts (n, 2) of clips (n,): (n,)."""
-        likely = torch.zeros(len(clip), dtype=torch.float64)
-        for fraction, _, s_c, s_z, s2, _, no_object in self.parts:
-            pair, pixel, m, odds = self.under_mask(clip, start, fraction, s_z, s2)
-            said = m * rows(s_c, pixel) - 6 * m * m * s2[clip[pair], 0] + F.softplus(odds)
-            likely.index_add_(0, pair, (said - rows(no_object, pixel)).sum(1).double())
-        return likely
+        log_p = torch.zeros(len(clip), dtype=torch.float64)
+        for part in self.parts:
+            pair, pixel, m, odds = self.under_mask(clip, start, part)
+            said = m * at_pixels(part.s_c, pixel) - 6 * m * m * part.s2[clip[pair], 0] + F.softplus(odds)
+            log_p.index_add_(0, pair, (said - at_pixels(part.no_object, pixel)).sum(1).double())
+        return log_p
 
-    def under_mask(self, clip, start, fraction, s_z, s2):
+    def under_mask(self, clip, start, part):
         """The N pixels under the masks of (clip, start): pair (N,), pixel (N,) as clip * 144 + its place,
         coverage (N, 1), and log odds (N, f) of a star."""
-        masks = mask(start + fraction, self.shape).flatten(1)
+        masks = mask(start + part.offset, self.shape).flatten(1)
         pair, place = masks.nonzero().unbind(1)
         of, m = clip[pair], masks[pair, place][:, None]
         pixel = of * SIZE**2 + place
-        return pair, pixel, m, self.log_odds(m, rows(s_z, pixel), s2[of, 0], self.total[of, 0])
+        return pair, pixel, m, self.log_odds(m, at_pixels(part.s_z, pixel), part.s2[of, 0], self.total[of, 0])
 
-def rows(x, pixel):
+def at_pixels(x, pixel):
     """Of x (B, 144, f): (N, f)."""
     return x.flatten(0, 1)[pixel]
 
@@ -434,7 +438,7 @@ def nearest(clips, labels, world):
     for colour, shape in {*map(tuple, labels[:, :2].tolist())}:
         which = (labels[:, 0] == colour) & (labels[:, 1] == shape)
         some, label = clips[which], labels[which]
-        # Along the prompt's motion the gains of all frames are of one start; offsets are half pixels.
+        # Along the prompt's motion all frames share one start; offsets are multiples of half a pixel.
         offsets = (2 * world.offsets(label, frames)).round().long()[:, :, None, None]  # (b, F, 1, 1, 2)
         at = ((2 * GRID).long() + offsets) % (2 * SIZE)
         at = (at[..., 1] * 2 * SIZE + at[..., 0]).flatten(2)
