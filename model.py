@@ -241,9 +241,9 @@ class Block(nn.Module):
         """The block on tokens x (B, N, width), returned in that shape; with keep also their keys and values.
 
         modulation: (B, f, 6, width). spans: (frames, tokens a frame) of each group. rope: of `rotate`. text:
-        embedded (B, L, width), or its keys and values. k_past, v_past: a cache's, before x's, or None (not in
-        a tuple, of which a checkpoint never lets go). rows: who sees whom, by `rows_of_chunks`, or None:
-        all see all. blank: how many keys and values of zero come last.
+        embedded (B, L, width), or its keys and values. k_past, v_past: a cache's, which come before x's, or
+        None; two arguments, because a checkpoint never frees a tuple's tensors. rows: who sees whom, by
+        `rows_of_chunks`, or None: all see all. blank: how many keys and values of zero come last.
         """
         m = (self.scale_shift_table + modulation.float()).unbind(2)  # shift, scale, gate; shift, scale, gate
 

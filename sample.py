@@ -31,7 +31,7 @@ import anyflow
 from full.compile import compile_blocks
 from full.files import provenance, read_tensors, text_of
 from full.hub import find
-from full.options import command, device_of, positive, reason
+from full.options import command, device_of, positive, reason, seed_value
 from full.pixels import FORMATS, Published, check_writer, clips_of, context_of, finite, latent_shape, save
 from model import Wan
 from toy import world
@@ -211,7 +211,7 @@ def parse(argv):
     add("--shift", type=float, help="if not the model's own")
     add("--guidance", type=float, default=1.0, help="for teachers, at least 0 (default 1)")
     add("--padding", action="store_true", help="keys of zero behind a chunk, as in diffusers")
-    add("--seed", type=int, default=0, help="0 to 2^32 - 1 (default 0)")
+    add("--seed", type=seed_value, default=0, help="0 to 2^32 - 1 (default 0)")
     add("--dtype", choices=["float32", "bfloat16"], help="of the network (default: bfloat16 on a GPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
     add("--compile", action="store_true", help="compile the blocks: a minute once, then faster")
@@ -225,8 +225,6 @@ def parse(argv):
         parser.error("--text is embeddings, expected it without --prompts and --per-prompt")
     if bool(args.image) + bool(args.video) + bool(args.context) > 1:
         parser.error("found more than one of --image, --video and --context, expected one")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed is {args.seed}, expected 0 to 2^32 - 1")
     if not 0 <= args.guidance < math.inf:
         parser.error(f"--guidance is {args.guidance}, expected a number of at least 0")
     return args

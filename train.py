@@ -29,7 +29,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import anyflow
@@ -40,7 +39,7 @@ from full.data import NAMES, Shards, preset
 from full.files import STAGES, hold, read_lines, read_log, write
 from full.folders import base_of, from_folders, networks
 from full.hub import find
-from full.options import add_options, check, command, nonempty, option, positive
+from full.options import add_options, check, command, nonempty, option, positive, seed_value
 from full.parallel import TRAINED, Means, assemble, clip_norm, main_process, place, start_processes, trained
 from full.pixels import save
 from toy import plots
@@ -52,8 +51,7 @@ SHARE = dict(low=0, high=1)
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a run, each an option. The defaults are the published stage 1 of Wan 1.3B
-    (2605.13724)."""
+    """The numbers of a run, each an option. Defaults: the published stage 1 of Wan 1.3B (2605.13724)."""
 
     steps: int = option(6000, "updates of the student", low=1)
     batch: int = option(32, "clips a step, over all processes and micro-batches", low=1)
@@ -91,8 +89,7 @@ class Recipe:
     dmd_guidance: float = option(4.0, "of the judge: the release's x0_cond + 3 (x0_cond - x0_null)", low=0)
     fake_lr: float = option(2e-6, "learning rate of the fake score", above=0)
     fake_steps: int = option(1, "updates of the fake score for one of the student", low=1)
-    fake_samples: str = option("reused", "what it learns: samples as judged, or of the updated student",
-                               choices=("reused", "fresh"))
+    fake_samples: str = option("reused", "what it learns: judged or new samples", choices=("reused", "fresh"))
     # baseline
     teacher_steps: int = option(50, "midpoint steps of the teacher that divide [0, 1]", low=1)
     # machine
@@ -141,21 +138,22 @@ def recipe_of(name, stage, changes, processes=1):
 class Clips:
     """All that the loop does not know: which frames and numbers a step takes, how a student is rolled out.
 
-    For other data write a class with three functions and a `device`, and name it in `run_stage`. `batch(step,
+    For other data write a class with four functions and a `device`, and name it in `run_stage`. `batch(step,
     part, draw)` returns an object with x, noise, cond, null, t, r, t_teacher and t_consistency, as below.
     `rollout(student, judge, batch)` returns what `anyflow.on_policy_step` says of it; its x_hat may be just a
-    `backward_simulation`, of an N and k that it draws. `has_whole_clips(step)` is False.
+    `backward_simulation`, of an N and k that it draws; then `go_back()` passes. `has_whole_clips` is False.
 
-    Every process draws the numbers of the whole batch, from a generator that is seeded by the step and common
-    to all, and takes its rows. So a run does not depend on where it was resumed, nor (but for a consistency
-    rollout) on how many processes share it. Of a micro-batch a process takes rows a stride apart: its share
-    of every kind of time pair. torch's global generator is each process's own: nobody waits for it.
+    Every process draws the numbers of the whole batch from a common generator, seeded by the step, and takes
+    its rows, a stride apart: its share of every kind of time pair. The noise of a row has a generator of its
+    own. So a run does not depend on where it was resumed, nor (but for a consistency rollout, which draws
+    from torch's global generator) on how many processes share it.
     """
 
     def __init__(self, data, recipe, config, shape, device, seed, place=(0, 1), chunks_a_step=None):
         self.data, self.recipe, self.config, self.shape, self.device = data, recipe, config, shape, device
         self.seed, self.place, self.chunks_a_step = seed, place, chunks_a_step
-        self.causal = config.kind == "causal"
+        self.causal, self.rolled_out = config.kind == "causal", []
+        self.chunks = config.chunk_partition if self.causal else shape[:1]
 
     def batch(self, step, part, draw=0):
         """The `part`-th micro-batch of a step; draw above 0: of fresh ones, for the fake score."""
@@ -168,6 +166,8 @@ class Clips:
         here = lambda drawn: drawn[rows].to(self.device)
         uniform = lambda *shape: torch.rand(*shape, generator=common)
         normal = lambda *shape: torch.randn(*shape, generator=common)
+        noise_of = lambda use: torch.stack([torch.randn(self.shape, generator=generator(
+            self.seed, number, use, 1 + row)) for row in rows.tolist()]).to(self.device)
 
         pairs = anyflow.time_pairs(size, recipe.shift, recipe.diffusion, recipe.endpoint, generator=common)
         t, r = map(here, pairs)
@@ -175,21 +175,21 @@ class Clips:
         logit, by_frame = normal(size, 1), uniform(size, 1) < (0.0 if self.causal else recipe.own_times)
         logit = torch.where(by_frame, 1.5 * normal(size, self.shape[0]), logit)
         t_teacher = anyflow.shift_time(here(logit).sigmoid(), recipe.shift)
-        noise, dropped = here(normal(size, *self.shape)), here(uniform(size) < recipe.drop)
+        noise, dropped = noise_of(0), here(uniform(size) < recipe.drop)
         clip, text = (x.to(self.device) for x in self.data.batch((number * size + rows).tolist(), self.seed))
         self.spoilt = getattr(self.data, "spoilt", "")
         null = self.data.null.to(self.device).expand_as(text)
 
         cond, frames = dict(text=torch.where(dropped[:, None, None], null, text)), slice(self.shape[0])
         if self.causal:  # the first chunks of the clip, and of these to learn from those in the window
-            chunks = self.config.chunk_partition[: self.draw_chunks(common)]
+            chunks = self.chunks[: self.draw_chunks(common)]
             frames = slice(sum(chunks[: -self.config.full_chunk_limit]), sum(chunks))
             cond |= dict(clean=clip[:, : frames.stop], chunks=chunks)
         return SimpleNamespace(
             x=clip[:, frames], noise=noise[:, frames], cond=cond, null=dict(text=null),  # to learn from
             t=t, r=r, t_consistency=t_consistency, t_teacher=t_teacher[:, frames],  # of x: (b,), or (b, F)
             clip=clip, clip_noise=noise, t_clip=t_teacher, text=text, frames=frames,  # all; no prompt dropped
-            number=number, common=common, here=here)  # for further numbers
+            number=number, common=common, here=here, noise_of=noise_of)  # for further numbers
 
     def draw_chunks(self, common):
         """How many: in half of the steps as many as the window holds, in the others any number from there."""
@@ -206,58 +206,65 @@ class Clips:
 
     def rollout(self, student, judge, batch):
         """The student's own frames x_hat, with gradient through every jump (of consistency: the last), and
-        what `anyflow.on_policy_step` asks for with it. A causal model makes them as when sampling. Going back
-        can make them again: a whole clip jump by jump, chunks each with all its jumps."""
+        what `anyflow.on_policy_step` asks for with it. A causal model makes them as when sampling."""
         recipe, size, common = self.recipe, self.recipe.batch, batch.common
         t = anyflow.shift_time(batch.here(torch.rand(size, generator=common)), recipe.shift)
-        noise = batch.here(torch.randn(size, *self.shape, generator=common))
         steps = recipe.rollout_steps[torch.randint(len(recipe.rollout_steps), (), generator=common).item()]
         k, grid = torch.randint(steps, (), generator=common).item(), anyflow.time_grid(steps, recipe.shift)
         causal_judge = judge.config.kind == "causal"  # it sees the window, after the student's earlier chunks
-        baseline = recipe.rollout == "consistency"
-        simulation = anyflow.consistency_simulation if baseline else anyflow.backward_simulation
-
-        by_jump = recipe.recompute_rollout and not self.causal
-        network = functools.partial(checkpoint, student, use_reentrant=False) if by_jump else student
-        simulate = lambda noise, **past: simulation(network, noise, grid, k, text=batch.text, **past)
-        chunks = batch.cond["chunks"] if causal_judge else self.config.chunk_partition
+        simulations = {"flowmap": anyflow.backward_simulation, "consistency": anyflow.consistency_simulation}
+        simulate = functools.partial(simulations[recipe.rollout], grid=grid, k=k, text=batch.text)
+        chunks = batch.cond["chunks"] if causal_judge else self.chunks
         judged = min(len(chunks), self.config.full_chunk_limit) if causal_judge else len(chunks)
-        x_hat = (self.chunk_by_chunk(student, simulate, batch, chunks, judged) if self.causal
-                 else simulate(batch.clip_noise))
+        x_hat = self.chunk_by_chunk(student, simulate, batch, chunks, judged)
         cond = dict(text=batch.text) | (dict(clean=x_hat.detach(), chunks=chunks) if causal_judge else {})
         frames = batch.frames if causal_judge else slice(self.shape[0])
-        x_hat = x_hat[:, frames]
 
         def of_fake(i):
             common = generator(self.seed, batch.number, 1 + i)
             t = anyflow.shift_time(torch.randn(size, generator=common).sigmoid(), recipe.shift)
-            noise = torch.randn(size, *x_hat.shape[1:], generator=common)
-            return dict(t=batch.here(t), noise=batch.here(noise))
+            return dict(t=batch.here(t), noise=batch.noise_of(2 + i)[:, frames])
 
-        of_dmd = dict(t=t, noise=noise[:, frames], guidance=recipe.dmd_guidance, null=batch.null)
-        return x_hat, of_dmd, of_fake, cond
+        of_dmd = dict(t=t, noise=batch.noise_of(1)[:, frames], guidance=recipe.dmd_guidance, null=batch.null)
+        return x_hat[:, frames], of_dmd, of_fake, cond
 
     def chunk_by_chunk(self, student, simulate, batch, chunks, judged):
-        """A causal student's frames. Each chunk is made by `simulate`, then goes, without gradient, into the
-        cache that the next one sees. So chunks are independent, once their frames are known: the backward
-        pass can make each again, with a cache of those before it, in one chunk's memory; and of the last
-        ones, which are judged, the gradient of some, drawn anew and scaled, is in the mean that of all."""
-        cache, made, kept = student.new_cache(), [], self.recipe.grad_chunks or judged
+        """The student's frames, a whole clip as one chunk. A causal one's chunk goes, without gradient, into
+        the cache that the next one sees. So chunks are independent, once their frames are known; and of the
+        last ones, which are judged, the gradient of some, drawn anew and scaled, is in the mean that of all.
+        With `recompute_rollout` no call has a gradient yet: x_hat is a leaf, and `go_back` does the rest."""
+        again, made, calls = self.recipe.recompute_rollout, [], {}
+        kept, past = self.recipe.grad_chunks or judged, {"cache": student.new_cache()} if self.causal else {}
         order = len(chunks) - judged + torch.randperm(judged, generator=batch.common)
 
-        def jumps(noise, caches, finished):  # the first time with the running cache, then with a new one
-            past = caches.pop() if caches else student.extend(student.new_cache(), finished, batch.text)
-            return simulate(noise, cache=past)
+        def network(z, t, r, **cond):
+            if again and torch.is_grad_enabled():
+                calls.setdefault(len(made), []).append((z, t, r))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not again):
+                return student(z, t, r, **cond)
 
-        again = self.recipe.recompute_rollout
-        run = functools.partial(checkpoint, jumps, use_reentrant=False) if again else jumps
         for i, noise in enumerate(batch.clip_noise[:, : sum(chunks)].split(chunks, 1)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i in order[:kept]):
-                made.append(run(noise, [cache], [x.detach() for x in made]))
+                made.append(simulate(network, noise, **past))
             if i + 1 < len(chunks):
-                student.extend(cache, made[-1].detach(), batch.text)
+                student.extend(past["cache"], made[-1].detach(), batch.text)
         x_hat, scale = torch.cat(made, 1), max(1.0, judged / kept)
+        if calls:
+            self.rolled_out.append((student, batch.text, x_hat.requires_grad_(), made, calls))
         return x_hat if scale == 1 else x_hat.detach() + scale * (x_hat - x_hat.detach())
+
+    def go_back(self):
+        """After the backward pass of a loss of x_hat, on through the calls that made it: each again, the last
+        first, in the memory of one. Not within that pass, in which FSDP2 would keep every block gathered."""
+        while self.rolled_out:
+            student, text, x_hat, made, calls = self.rolled_out.pop()
+            for i, of_chunk in calls.items():
+                past = {"cache": student.extend(student.new_cache(), made[:i], text)} if self.causal else {}
+                gradient = x_hat.grad.split([chunk.shape[1] for chunk in made], 1)[i]
+                for z, t, r in reversed(of_chunk):
+                    z = z.detach().requires_grad_()
+                    anyflow.jump(student, z, t, r, text=text, **past).backward(gradient)
+                    gradient = z.grad
 
 def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -309,6 +316,7 @@ def train(stage, recipe, run, clips):
 
         def backward(name, loss):
             (loss / recipe.accumulate).backward()
+            clips.go_back()
             means.add(name, loss.detach()[None])
 
         def update(role):
@@ -376,7 +384,7 @@ def parse(argv):
     add("--save-every", type=positive, default=500, help="steps between checkpoints (default 500)")
     add("--sample-every", type=positive, help="steps between sample clips, into OUT/samples (default: none)")
     add("--skip-bad-shards", action="store_true", help="train on the others")
-    add("--seed", type=int, default=0, help="at least 0 (default 0)")
+    add("--seed", type=seed_value, default=0, help="0 to 2^32 - 1 (default 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
     whose = f"defaults are those of {name or 'wan-1.3b'} {stage or 'flowmap'}"
     add_options(parser.add_argument_group("recipe", whose), Recipe, defaults)
@@ -395,8 +403,7 @@ def open_data(args, shape, text_dim):
     return WORLDS[args.data]
 
 def save_samples(run, clips, args, recipe, count=2):
-    """Clips of fixed noise and prompts into OUT/samples, of the averaged weights and of the raw ones: in 4
-    calls, a teacher's in 32."""
+    """Clips of fixed noise and prompts in OUT/samples, of both weights: in 4 calls, a teacher's in 32."""
     student, device = run.nets["student"], clips.device
     student.encode_text = lambda text: text  # sharded blocks embed a prompt only in their own forward pass
     text = clips.data.batch(range(count), args.seed)[1].to(device)
@@ -416,8 +423,6 @@ given = lambda args: {field.name: getattr(args, field.name) for field in fields(
 def run_stage(args):
     config, shape = preset(args.preset)
     recipe = recipe_of(args.preset, args.stage, given(args), int(os.environ.get("WORLD_SIZE", 1)))
-    if args.seed < 0:
-        raise ValueError(f"seed is {args.seed}, expected at least 0")
     data = open_data(args, shape, config.text_dim)
     device = start_processes(args.device, recipe.dtype)
     for key in FOLDERS:
@@ -431,8 +436,7 @@ def run_stage(args):
     if args.exact_teacher:
         null = recipe.drop or recipe.guidance != 1 or ("judge" in nets and recipe.dmd_guidance != 1)
         if isinstance(data, Shards) or config.kind == "causal" or "teacher" not in nets or null:
-            raise ValueError("--exact-teacher needs a world, a bidirectional student with a teacher, --drop 0"
-                             " and guidance 1 of teacher and judge")
+            raise ValueError("--exact-teacher needs a world, a bidirectional student, --drop 0, guidance 1")
         nets |= {role: ExactTeacher(data) for role in {"teacher", "judge"} & nets.keys()}
     adam = dict(betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True)
     optimisers = {role: torch.optim.AdamW(trained(nets[role]).values(), **adam)
@@ -447,7 +451,7 @@ def run_stage(args):
     run = Run(nets, optimisers, args.out, settings)
     if args.resume:
         run.resume()
-    elif run.all() or (args.out / "config.json").exists():
+    elif run.begun() or (args.out / "config.json").exists():
         raise ValueError(f"{args.out} holds an earlier run or a model, expected --resume or another --out")
     log = args.out / "log.jsonl"
     if main_process():

@@ -51,7 +51,10 @@ def checksums(folder):
     """{name: CRC-32} of the files in a folder, each read by one of the processes, known to all."""
     rank, world = place()
     mine = {}
-    for path in sorted({*folder.iterdir()} - {folder / "checksums.json"})[rank::world]:
+    names = [sorted(path.name for path in folder.iterdir() if path.name != "checksums.json")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(names, 0)  # another node's listing may be an older one
+    for path in (folder / name for name in names[0][rank::world]):
         mine[path.name] = 0
         with open(path if path.is_file() else os.devnull, "rb") as file:  # not a FIFO, which never ends
             while block := file.read(2**22):
@@ -61,6 +64,9 @@ def checksums(folder):
         dist.all_gather_object(parts, mine)
     return {name: crc for part in parts for name, crc in part.items()}
 
+PASSING = OSError, MemoryError, torch.OutOfMemoryError  # the files may be whole,
+LASTING = FileNotFoundError, IsADirectoryError  # or not
+
 class Damaged(ValueError):
     """A checkpoint that is not as it was written."""
 
@@ -68,11 +74,11 @@ class Stop:
     """Whether SIGTERM came to any process: asked once a step, so that all save and end together."""
 
     def __init__(self, device):
-        self.came = torch.zeros((), device=device)
-        signal.signal(signal.SIGTERM, lambda *_: self.came.fill_(1))
+        self.device, self.came = device, 0.0  # no tensor, for the signal may come while a block is compiled
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "came", 1.0))
 
     def __bool__(self):
-        return bool(anyflow.sum_over_processes(self.came))
+        return bool(anyflow.sum_over_processes(torch.tensor(self.came, device=self.device)))
 
 class Run:
     """The state that a checkpoint holds: networks in training, their optimisers, the average, the step.
@@ -163,11 +169,19 @@ class Run:
             Reader(folder).read_metadata()  # what is wrong with it torch would log in twenty lines
             dcp.load(self.state(), storage_reader=Reader(folder), no_dist=not dist.is_initialized())
         except (Exception, CheckpointException) as error:
-            raise Damaged(f"cannot read checkpoint {folder}: {reason(error)}") from None
+            said = f"cannot read checkpoint {folder}: {reason(error)}"
+            for cause in (error, *(failure[0] for failure in getattr(error, "failures", {}).values())):
+                if isinstance(cause, PASSING) and not isinstance(cause, LASTING):
+                    raise type(cause)(said) from None
+            raise Damaged(said) from None
         self.step = int(folder.name.removeprefix("step-"))
 
     def all(self):
         return sorted(self.folder.glob("step-" + 7 * "[0-9]"))
+
+    def begun(self):
+        """Whether there is a checkpoint, be it damaged."""
+        return any(self.folder.glob("*step-" + 7 * "[0-9]"))
 
     def newest(self):
         kept = self.all()

@@ -6,7 +6,7 @@ import os
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-GRAPHS = 128  # that one function may be compiled to: each number of chunks, with and without gradient
+GRAPHS = 128  # that one function may have: for each number of chunks, with and without gradient
 
 def compile_blocks(model):
     """Compile a network block by block, so that all blocks share their graphs."""
@@ -18,7 +18,7 @@ ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for 
     "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]
 
 def keep_attention(context, op, q=None, k=None, *args, **kwargs):
-    """Keep self-attention, with at least as many keys as queries, unlike a prompt's; recompute the rest."""
+    """Keep self-attention, which has at least as many keys as queries; recompute the rest."""
     to_itself = op in ATTENTION and q.shape[2] <= k.shape[2]
     return CheckpointPolicy.MUST_SAVE if to_itself else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -40,21 +40,24 @@ class LeanNorm(torch.autograd.Function):
         return g_x, h.mul_(g).flatten(0, -2).sum(0), None
 
 def lean(norm, x):
-    """norm(x); where that is several kernels, its backward pass shall keep x alone, not x / RMS beside."""
+    """norm(x). Where that takes several kernels, the backward pass keeps x alone, not x / RMS too."""
     several = not (x.is_cuda or x.dtype.itemsize < 4 or torch.compiler.is_compiling())
     return LeanNorm.apply(x, norm.weight, norm.eps) if several and x.requires_grad else norm(x)
 
 def what_needs_less(recipe, stage, preset):
     """For a training that ran out of memory: the options that it does not use yet."""
-    gpus, onpolicy = int(os.environ.get("WORLD_SIZE", 1)), stage == "onpolicy"
+    gpus, node = (int(os.environ.get(key, 1)) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    onpolicy = stage == "onpolicy"
     unused = {
         f"--accumulate {recipe.batch // gpus}": recipe.accumulate * gpus < recipe.batch,
         "--checkpointing full": recipe.checkpointing != "full",
         "--recompute-rollout true": onpolicy and not recipe.recompute_rollout,
-        "--grad-chunks 2": onpolicy and preset.endswith("-causal") and not recipe.grad_chunks,
+        "--grad-chunks 2": onpolicy and preset.endswith("-causal") and not (
+            recipe.grad_chunks or recipe.recompute_rollout),
         "--lora 256": not recipe.lora,
         "--share true": recipe.lora and not recipe.share,
         "more GPUs": True,
     }
     some = ", ".join(name for name, helps in unused.items() if helps)
-    return f"It needs less with {some}; python -m full.plan --preset {preset} --gpus {gpus} says how much."
+    plan = f"python -m full.plan --preset {preset} --gpus {gpus} --gpus-per-node {node}"
+    return f"It needs less with {some}; {plan} says how much."

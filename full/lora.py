@@ -26,7 +26,8 @@ class LoRALinear(nn.Linear):
         linear.__class__ = cls
         linear.requires_grad_(False)
         outputs, inputs = linear.weight.shape
-        up, down = linear.weight.new_zeros(outputs, rank), linear.weight.new_empty(rank, inputs)
+        exact = dict(dtype=torch.float32, device=linear.weight.device)  # the base may be stored in bfloat16
+        up, down = torch.zeros(outputs, rank, **exact), torch.empty(rank, inputs, **exact)
         down.uniform_(-(inputs**-0.5), inputs**-0.5)
         if start is not None:
             up[:, : start[0].shape[1]], down[: start[1].shape[0]] = start

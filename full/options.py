@@ -94,6 +94,12 @@ def positive(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
     return int(text)
 
+def seed_value(text):
+    """An integer that every generator here takes, of a command line."""
+    if not (text.isascii() and text.isdigit() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer from 0 to 2^32 - 1")
+    return int(text)
+
 def nonempty(text):
     """Of a file, a folder or a world, on a command line."""
     if not text:

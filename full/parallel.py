@@ -31,8 +31,7 @@ def start_processes(device, dtype):
         if not 0 <= rank < world:
             raise ValueError(f"RANK is {rank}, expected 0 to {world - 1} for WORLD_SIZE {world}")
         end_with_parent()
-        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
     elif dtype != "float32":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if device.type == "cuda":

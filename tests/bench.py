@@ -317,7 +317,7 @@ def derivative(args):
         network = lambda *at, text: low(*at, text).float()
         errors("blind, bfloat16", du, network, *inputs)
         embedder = low.condition_embedder
-        for part in (embedder.time_embedder, embedder.delta_embedder, embedder.time_proj):
+        for part in (part for name, part in embedder.named_children() if name != "text_embedder"):
             part.float()
         errors("  and time embedders in float32", du, network, *inputs)
         low.patch_embedding.float().register_forward_hook(lambda module, given, made: made.bfloat16())
@@ -379,12 +379,12 @@ def true_size(args):
         print(f"\n{'':34}{'s':>9}{'TFLOP/s':>9}{'of rate':>9}{'GiB':>9} | {beside}")
         for kind in ("anyflow", "causal"):
             whole_clip(args, kind, dtype, rate)
-    if args.only in (None, "stages"):
+    if args.only != "forward":
         print("\nOne step with LoRA on one base, beside what `full.plan` says of it")
         beside = f"{'plan: GiB':>13}{'measured / plan':>17}"
         print(f"{'':34}{'s':>9}{'TFLOP/s':>9}{'of rate':>9}{'GiB':>9} | {beside}")
         for causal in ("", "-causal"):
-            for stage in STAGES:
+            for stage in (args.only,) if args.only in STAGES else STAGES:
                 twice = DEVICE == "cuda" and stage in ("flowmap", "onpolicy")
                 for compiled in (False, True) if twice else (False,):
                     name = f"{stage}{causal}, {MODES[compiled]}"
@@ -450,7 +450,8 @@ def whole_clip(args, kind, dtype, rate):
     steps = {"forward": 1, "4-step clip": 4}
     flops = {name: plan.cost_of_sampling(config, shape, TEXT, steps[name])[0] for name in runs}
     # The pipeline expects of its user to compile flex attention, which in eager mode holds all pairs.
-    torch._dynamo.config.recompile_limit, flex = GRAPHS, flex_attention.flex_attention
+    torch._dynamo.config.recompile_limit = GRAPHS
+    flex = flex_attention.flex_attention
     if DEVICE == "cuda" and kind == "causal":
         flex = torch.compile(flex, dynamic=False)
     # A causal clip calls the network in many shapes: on a CPU they take minutes to compile.
@@ -490,8 +491,8 @@ def made_in(dtype, make):
 
 
 def training_step(name, stage, compiled, rate):
-    """The first step of a run like one before, which has compiled and allocated: anchors and jumps differ.
-    Three chunks of a causal clip."""
+    """The first step that does what an earlier one did, which has compiled and allocated: anchors and jumps
+    differ. Three chunks of a causal clip."""
     config, shape = preset(name)
     fixed = dict(batch=1, steps=3, rollout_steps=(2,), target="data", bidirectional=0.0, compile=compiled)
     recipe = train.recipe_of(name, stage, fixed | dict(lora=256 if DEVICE == "cuda" else 16))
@@ -526,14 +527,15 @@ def training_step(name, stage, compiled, rate):
     clips = train.Clips(data, recipe, nets["student"].config, shape, device, 0, (0, 1), chunks)
     steps = train.train(stage, recipe, run, clips)
     first, last = [next(steps)["seconds"] for _ in range(alike)][0], []
-    kept = [p for net in nets.values() for p in net.parameters()] + [*run.average.values()]
-    kept += [x for optimiser in adam.values() for state in optimiser.state.values() for x in state.values()]
-    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in map(parallel.local, kept)}
     if DEVICE == "cuda":  # gradients are freed between steps
         torch.cuda.reset_peak_memory_stats()
         last.append(next(steps)["seconds"])
         held = torch.cuda.max_memory_allocated()
     else:
+        kept = [p for net in nets.values() for p in net.parameters()] + [*run.average.values()]
+        kept += [x for adam in adam.values() for state in adam.state.values() for x in state.values()]
+        kept = [parallel.local(x).untyped_storage() for x in kept]
+        kept = {storage.data_ptr(): storage.nbytes() for storage in kept}
         held = sum(kept.values()) + peak(lambda: last.append(next(steps)["seconds"]))
     meta = plan.networks_on_meta(stage, recipe, config)
     said = sum(plan.memory_of(meta, recipe, 1).values()) + activations
@@ -548,12 +550,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", choices=list(PRESETS), help="measure at the true size of a preset")
     parser.add_argument("--model", help="model folder, of --only derivative")
-    parser.add_argument("--only", choices=[*SECTIONS, "stages"])
+    parser.add_argument("--only", choices=[*SECTIONS, "stages", *STAGES])
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats is {args.repeats}, expected at least 1")
-    sections = ("forward", "stages") if args.preset else tuple(SECTIONS)
+    if args.model and not Path(args.model).is_dir():
+        parser.error(f"--model {args.model} is no folder")
+    sections = ("forward", "stages", *STAGES) if args.preset else tuple(SECTIONS)
     if args.only not in (None, *sections):
         parser.error(f"--only is {args.only}, expected one of {', '.join(sections)}")
     torch.manual_seed(0)

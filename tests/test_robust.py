@@ -448,8 +448,9 @@ def test_weights_that_are_no_finite_real_numbers_are_told_at_loading(made, tmp_p
 
 @pytest.mark.parametrize("options, words", [
     (["--out", ""], "it is empty"), (["--data", ""], "it is empty"), (["--init", ""], "it is empty"),
-    (["--teacher", ""], "it is empty"), (["--judge", ""], "it is empty")])
-def test_empty_names_are_refused(options, words, capsys):
+    (["--teacher", ""], "it is empty"), (["--judge", ""], "it is empty"),
+    (["--seed", "-1"], "'-1' is no integer"), (["--seed", str(2**32)], "from 0 to 2^32 - 1")])
+def test_empty_names_and_foreign_seeds_are_refused(options, words, capsys):
     with pytest.raises(SystemExit) as error:
         run(*TINY, *options)
     assert error.value.code == 2 and words in capsys.readouterr().err
@@ -517,8 +518,8 @@ def write_briefly(name, folder, monkeypatch):
     """The sentence with which the toy's command ends that writes a file of that name, without its work."""
     scores = {key: 7 * [0.5] for key in ("swd", "path_error", "budget_drift")}
     ruler = SimpleNamespace(floor=0.1, floor_ode=0.1, measure=lambda *_: (scores, None, None))
-    monkeypatch.setattr(flow2d, "trained", lambda *_: [({"teacher": None}, {"teacher": 1.0}, ruler)])
-    monkeypatch.setattr(flow2d.plots, "judge", lambda _: [])
+    monkeypatch.setattr(flow2d, "trained_seeds", lambda *_: [({"teacher": None}, {"teacher": 1.0}, ruler)])
+    monkeypatch.setattr(flow2d.plots, "decide", lambda _: [])
     monkeypatch.setattr(page, "trained", lambda *_: {})
     monkeypatch.setattr(page, "page", lambda _: 5000 * "x")
     command, *options = {"results.json": (flow2d, "--out", folder),

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import anyflow
 from full.files import write, write_json
-from full.options import command, positive
+from full.options import command, positive, seed_value
 from toy import plots
 
 NFE = [1, 2, 4, 8, 16, 32, 64]  # network calls, each a divisor of the next: the grids are nested
@@ -367,7 +367,7 @@ def parse(argv):
     choices("--undo", nargs="+", choices=RECIPE, default=[], help="the paper's choice in these alone")
     add("--exact-teacher", action="store_true", help="distil the closed-form velocity, not the trained one")
     add("--seeds", type=positive, default=1, help="how many; results are medians over them (default 1)")
-    add("--seed", type=int, default=0, help="the first (default 0)")
+    add("--seed", type=seed_value, default=0, help="the first (default 0)")
     add("--steps", type=positive, help="of a student (default 5000, --fast 1000); the teacher has twice")
     add("--batch", type=positive, default=512, help="(default 512)")
     add("--out", type=Path, default=Path("out/flow2d"))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from full.files import read_json, read_tensors, write
-from full.options import command, positive
+from full.options import command, positive, seed_value
 from toy import flow2d, plots
 
 STARTS = {"teacher": None, "consistency": "teacher", "anyflow-forward": "teacher",
@@ -84,7 +84,7 @@ def parse(argv):
     add("--results", nargs="+", type=Path, metavar="FOLDER",
         help="folders of toy.flow2d, one a density, with results.json and networks/ (default: train)")
     add("--steps", type=positive, default=5000, help="of training, as in toy.flow2d (default 5000)")
-    add("--seed", type=int, default=0, help="of training (default 0)")
+    add("--seed", type=seed_value, default=0, help="of training (default 0)")
     add("--out", type=Path, default=Path("out/explore.html"), help="the file (default out/explore.html)")
     return parser.parse_args(argv)
 
