@@ -239,7 +239,7 @@ class Clips:
 
         def network(z, t, r, **cond):
             if again and torch.is_grad_enabled():
-                calls.setdefault(len(made), []).append((z, t, r))
+                calls.setdefault(len(made), []).append((z.detach().requires_grad_(), t, r))
             with torch.set_grad_enabled(torch.is_grad_enabled() and not again):
                 return student(z, t, r, **cond)
 
@@ -262,9 +262,9 @@ class Clips:
                 past = {"cache": student.extend(student.new_cache(), made[:i], text)} if self.causal else {}
                 gradient = x_hat.grad.split([chunk.shape[1] for chunk in made], 1)[i]
                 for z, t, r in reversed(of_chunk):
-                    z = z.detach().requires_grad_()
                     anyflow.jump(student, z, t, r, text=text, **past).backward(gradient)
                     gradient = z.grad
+                del past  # before the next cache is made: one is large
 
 def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
