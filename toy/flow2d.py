@@ -34,7 +34,7 @@ NFE = [1, 2, 4, 8, 16, 32, 64]  # network calls, each a divisor of the next: the
 # anyflow-control: as many more steps of stage 1 as stage 2 has; anyflow-gamma: anyflow's network, re-noised
 METHODS = ["teacher", "consistency", "anyflow-forward", "anyflow-control", "anyflow", "anyflow-gamma"]
 def gamma_of(calls, c=2.0):
-    """The more jumps, the less noise after each. On seeds 10 and 11, c of 0 to 4 were level, 8 worse."""
+    """The more jumps, the less noise after each. On seeds 10 and 11, c of 0 to 2 are level, 4 and 8 worse."""
     return min(1.0, c / calls)
 
 # Our choices and the paper's, where they differ: those of stage 1, then those of stage 2
