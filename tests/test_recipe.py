@@ -56,7 +56,7 @@ def whole_clip(model, b):
 def rollout(model, b, recipe, chunks):
     """x_hat, and t and noise of DMD: numbers drawn as in `train.Clips`, jumps as in eq. (4) of anyflow.py."""
     t = shifted(torch.rand(BATCH, generator=b.common))
-    noise = torch.randn(b.clip.shape, generator=b.common)
+    noise = b.noise_of(1)
     n = recipe.rollout_steps[torch.randint(len(recipe.rollout_steps), (), generator=b.common).item()]
     k = torch.randint(n, (), generator=b.common).item()
     grid = shifted(torch.linspace(1, 0, n + 1, dtype=torch.float64)).tolist()
@@ -135,7 +135,7 @@ def test_three_steps_have_the_gradients_of_the_papers_formulas(kind, stage):
                 x_hat, _, _ = rollout(after["fake"], fresh, recipe, chunks)
             common = train.generator(1, fresh.number, 1)
             t = shifted(torch.randn(BATCH, generator=common).sigmoid())
-            noise = torch.randn(x_hat.shape, generator=common)
+            noise = fresh.noise_of(2)
             z = (1 - wide(t)) * x_hat + wide(t) * noise
             fake = before["fake"]
             wanted["fake"] = grads((fake(z, t, t, fresh.text) - (noise - x_hat)).square().mean(), fake)

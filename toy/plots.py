@@ -373,6 +373,7 @@ def chunks(results, path):
               title="streaming on from its own chunks, 4 calls each:\nerror of the object's centre")
     looks = zip(("#999999", "#E69F00", "#CC79A7"), "s^o")
     for (name, row), (colour, marker) in zip(results["continuation"].items(), looks):
+        name = name if ":" in name else f"{name}: from its own first frame"  # which is all its truth
         tasks.plot(range(1, len(row) + 1), row, color=colour, marker=marker, markersize=5, label=name)
     title = "one causal model, every task, 4 calls a chunk:\nerror of the object's centre"
     tasks.set(xlabel="frame", title=title)
