@@ -6,8 +6,8 @@ import torch
 from anyflow import sample, time_grid
 from full.data import Shards
 from model import Wan
-from sample import generate
-from toy.video import SHIFT, WEIGHTS, Ruler, write_shards
+from sample import generate, sampler_of_folder
+from toy.video import SHIFT, STORY, WEIGHTS, Ruler, world_of, write_shards
 from toy.world import (
     PAINT,
     SIZE,
@@ -292,6 +292,16 @@ def test_shards_hold_the_worlds_clips(tmp_path):
     assert sorted(order) == list(range(10)) and order != sorted(order)  # an epoch: every clip once, shuffled
     assert torch.equal(x, y[order]) and torch.equal(text, prompts[order])
     assert torch.equal(data.null, world.null)
+
+
+@pytest.mark.parametrize("name", STORY)
+def test_kept_weights_do_what_their_prompts_say(name):
+    """Each of the nine, in 4 calls, on two prompts of its world: nearer to a clip of it than an empty one."""
+    folder = WEIGHTS / name
+    world, model = world_of(folder), Wan.from_pretrained(folder, dtype=torch.float32)
+    labels, noise = world.draw(range(2), 3)[0], torch.randn(2, *world.shape)
+    clips = generate(model, embed(labels), noise, 4, shift=SHIFT, sampler=sampler_of_folder(folder))
+    assert score(clips, labels, world)["distance"] < 0.9
 
 
 def test_path_is_held_against_the_exact_one():
