@@ -64,8 +64,8 @@ def checksums(folder):
         dist.all_gather_object(parts, mine)
     return {name: crc for part in parts for name, crc in part.items()}
 
-PASSING = OSError, MemoryError, torch.OutOfMemoryError  # the files may be whole,
-LASTING = FileNotFoundError, IsADirectoryError  # or not
+PASSING = OSError, MemoryError, torch.OutOfMemoryError  # of the machine: the files may be whole,
+LASTING = FileNotFoundError, IsADirectoryError  # but not where it is one of these
 
 class Damaged(ValueError):
     """A checkpoint that is not as it was written."""

@@ -274,6 +274,7 @@ def test_frechet_of_gaussians():
 def test_prompt_words():
     labels = torch.tensor([[0, 1, 3, 0]])
     assert torch.tensor(parse_prompt(describe(labels[0]))).equal(labels[0])
+    assert parse_prompt("A fast, white disc moving up.") == (3, 0, 2, 1)
     for prompt, name in (("a red disc moving left", "speed"), ("a slow fast red disc left", "speed"),
                          ("", "colour")):
         with pytest.raises(ValueError, match=name):
