@@ -12,8 +12,8 @@ Read from top to bottom; each part needs only those above it (but for a word on 
 
 Notation: x data, eps standard normal noise (`noise` in code; there `eps` is a finite difference), t in [0, 1]
 with t = 1 pure noise, z_t the state at time t, v the instantaneous and u the AVERAGE velocity. All times are
-AFTER any shift. A state is (B, ...): (B, 2) for points, (B, F, C, H, W) for video. A time is a float, (B,)
-for one per sample, or (B, F) for one per frame. Random numbers not given come from torch's global generator.
+AFTER any shift. A state is (B, n, ...): (B, 2) for points, (B, F, C, H, W) for video. A time is a float, (B,)
+for one a sample, or (B, F) for one a frame. Random numbers not given come from torch's global generator.
 
 The contract of a network. Whatever keeps it, for points, video or molecules, can be trained and sampled here.
 
@@ -25,7 +25,7 @@ The contract of a network. Whatever keeps it, for points, video or molecules, ca
     - Two calls with one input give one answer: no dropout.
     - It is smooth in t over a distance of eps; of anything faster, `central_difference` sees an average.
     - Tensors in `cond`, in lists, tuples and dicts too, have the batch as first dimension; the rest is handed
-      on as it is. `null` is a dict of what the null prompt changes in `cond`.
+      on as it is. `null` is a dict of the entries of `cond` that the null prompt replaces.
     - Under torch.distributed all processes call the losses together, with batches of one size.
 """
 import torch
@@ -35,16 +35,16 @@ import torch
 def shift_time(t, shift):
     """Move times towards noise: t -> s t / (1 + (s - 1) t), which keeps 0 and 1 fixed (Wan uses s = 5).
 
-    t: float or tensor in [0, 1]. shift: s > 0; 1/s undoes s. ValueError for shift <= 0.
+    t: float or tensor in [0, 1]. shift: s > 0; 1/s undoes s. ValueError for other shifts.
     """
-    if not shift > 0:
+    if not 0 < shift < torch.inf:
         raise ValueError(f"shift is {shift}, expected a number above 0")
-    return shift * t / (1 + (shift - 1) * t)
+    return shift * t / (1 - t + shift * t)  # exactly 1 at t = 1, which 1 + (s - 1) t would miss by rounding
 
 def time_grid(steps, shift=1.0):
     """The times that a sampler of `steps` network calls visits: float64 (steps + 1,), falling from 1 to 0.
 
-    steps: how many, for even times, then shifted; or the times themselves (list or tensor), which stay.
+    steps: how many, for even times, then shifted; or the times themselves (list or tensor), not shifted.
     """
     if isinstance(steps, int) and steps >= 1:
         return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
@@ -61,6 +61,8 @@ def interpolate(x, noise, t):
 def as_times(z, *times):
     """Floats, (B,) or (B, F) -> tensors, all (B,) or all (B, F), on z's device, in float32 or finer.
     ValueError for another shape, and for values outside [0, 1] (which a compiled function cannot see)."""
+    if not z.is_floating_point():
+        raise ValueError(f"a state is of {z.dtype}, expected floating point")
     tensors = []
     for time in times:
         time = time if torch.is_tensor(time) else torch.tensor(time, dtype=torch.float64)
@@ -78,7 +80,7 @@ def as_times(z, *times):
 def _falling(z, t, r):
     """`as_times` of t and r, with r <= t."""
     t, r = as_times(z, t, r)
-    if not (r <= t).all():
+    if not torch.compiler.is_compiling() and not (r <= t).all():
         raise ValueError(f"found r above t by up to {(r - t).max():.4g}, expected r <= t")
     return t, r
 
@@ -119,7 +121,7 @@ def sample(model, noise, steps, *, shift=1.0, guidance=1.0, null=None, average=T
     """From noise (B, ...) at t = 1 to a sample at t = 0 in `steps` jumps, or by any times, see `time_grid`.
 
     average=True is the flow-map sampler. average=False asks for the velocity at (t, t) and follows it in a
-    straight line: Euler's method, all that a teacher can do, with an error that falls as 1/steps.
+    straight line: Euler's method, which a teacher needs, with an error that falls as 1/steps.
     gamma in [0, 1] returns to noise after every jump, see `_visit`: 0 stays on the ODE path, 1 is eq. (6).
     Returns the sample (as noise), or with path=True every state, (steps + 1, B, ...). Raises ValueError.
     """
@@ -133,7 +135,8 @@ def _visit(model, z, grid, gamma=0.0, **cond):
     """The states at the times of a falling grid, z at the first of them: one jump, one network call each.
 
     With gamma, a jump from t goes below r, to s = (1 - gamma) r, and FRESH noise leads up from there, as in
-    Consistency Trajectory Models (2310.02279): z_r = a z_s + sqrt(r^2 - a^2 s^2) eps', a = (1 - r)/(1 - s).
+    Trajectory Consistency Distillation (2402.19159; that of Consistency Trajectory Models, 2310.02279, has
+    s = sqrt(1 - gamma^2) r instead): z_r = a z_s + sqrt(r^2 - a^2 s^2) eps', a = (1 - r)/(1 - s).
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma is {gamma}, expected a number in [0, 1]")
@@ -170,7 +173,7 @@ def flow_matching_loss(model, x, *, t=None, noise=None, shift=1.0, **cond):
 
 def _squared_error(a, b):
     """(a - b)^2, in float32 or finer."""
-    return (a - b).to(torch.promote_types(a.dtype, torch.float32)).square()
+    return (a.to(torch.promote_types(a.dtype, torch.float32)) - b).square()
 
 @torch.no_grad()
 def update_average(average, weights, updates, decay, ramp=True):
@@ -195,10 +198,9 @@ def time_pairs(batch, shift=1.0, diffusion=0.5, endpoint=0.25, device=None, gene
     where they divide the batch and hold in the mean where not, down to a batch of one.
     """
     draw = lambda *shape: torch.rand(*shape, device=device, generator=generator)
-    t, r = draw(2, batch).sort(dim=0, descending=True).values
+    t, r = shift_time(draw(2, batch), shift).sort(dim=0, descending=True).values
     slot = (torch.arange(batch, device=device) + draw(())) / batch
-    r = torch.where(slot < diffusion, t, torch.where(slot < diffusion + endpoint, 0, r))
-    return shift_time(t, shift), shift_time(r, shift)
+    return t, torch.where(slot < diffusion, t, torch.where(slot < diffusion + endpoint, 0, r))
 
 def time_weight(t, shift=1.0):
     """The paper's weight w(t) = t sqrt(1 - t) / mean, as t; the mean is over a shifted grid of 1000 times."""
@@ -207,12 +209,13 @@ def time_weight(t, shift=1.0):
 
 @torch.no_grad()
 def central_difference(model, z, v, t, r, eps=0.005, **cond):
-    """du/dt of eq. (3), as z: [u(z + e v, t + e, r) - u(z - e v, t - e, r)] / 2e, no gradient.
+    """du/dt of eq. (3), shaped as z: [u(z + e v, t + e, r) - u(z - e v, t - e, r)] / 2e, no gradient.
 
     It is the mean of du/dt from t - e to t + e: for a network smooth at that scale the derivative, to O(e^2).
     That of sin(w t) comes out times sin(w e)/(w e): for the fastest sinusoid of Wan's time embedding (w 1000)
     and the published e = 0.005, times -0.19. Forwards are all it needs; a Jacobian-vector product fails in
-    flash and flex attention and FSDP2. t + e and t - e share one call, in [0, 1]: one-sided there, to O(e).
+    flash and flex attention and FSDP2. t + e and t - e share one call. They stay in [0, 1]: next to 0 and 1
+    the difference is one-sided, to O(e). z should be float32: bfloat16 rounds e v away.
     """
     t, r = as_times(z, t, r)
     later, earlier = (t + eps).clamp(max=1), (t - eps).clamp(min=0)
@@ -229,18 +232,18 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     """Regression of u(z_t, t, r) on the right side of eq. (3) over data x (B, ...). Scalar with gradient.
 
     teacher: a network whose velocity the target has, with less variance than the data's eps - x.
-    data_anchors: the teacher is asked for the jumps only, and anchors keep the data's velocity.
+    data_anchors: the teacher's velocity is for the jumps only, and anchors keep the data's.
 
     guidance g fuses guidance into the student, which is then sampled without, at half the cost. Its velocity
     is g v + (1 - g) v_null, with the student's own v_null, which the dropped prompts train. Of two forms,
         "published"   u = g v + (1 - g) u(z_t, t, r; null) - (t - r) du/dt,   du/dt along v,
-        "consistent"  u = w - (t - r) du/dt, w = g v + (1 - g) u(z_t, t, t; null), du/dt along w,
+        "consistent"  u = v' - (t - r) du/dt, v' = g v + (1 - g) u(z_t, t, t; null), du/dt along v',
     equal at r = t. Only the second is eq. (3) of the guided ODE, whose flow map is its fixed point; the first
     mixes in the null prompt's (`python tests/guidance.py`). A teacher guides the second by its null branch.
 
-    t, r, noise: drawn by `time_pairs` and from the normal if not given. weight: a function of t (B,), if not
-    given `time_weight`. balance, anchor_sums: see `_balance`. parts=True: returns the loss, each sample's
-    squared error / g^2 (B,) before weight and balance, and which samples are jumps, bool (B,).
+    t, r, noise: drawn by `time_pairs` and from the normal if not given; t - r is one for all frames of a
+    sample. weight: a function of t, if not given `time_weight`. balance, anchor_sums: see `_balance`. parts:
+    returns also each sample's squared error / g^2 (B,) before weight and balance, and which are jumps (B,).
     """
     if (t is None) != (r is None):
         raise ValueError(f"found only {'t' if r is None else 'r'}, expected both t and r or neither")
@@ -251,25 +254,22 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     t, r = time_pairs(len(x), shift, device=x.device) if t is None else (t, r)
     noise = torch.randn_like(x) if noise is None else noise
     t, r = _falling(x, t, r)
-    z, jumps = interpolate(x, noise, t), (t > r).reshape(len(x), -1).any(1)
+    gaps = (t - r).reshape(len(x), -1)
+    if (gaps - gaps[:, :1]).abs().max() > 1e-5:
+        raise ValueError("t - r differs between the frames of a sample, expected one")
+    z, jumps, published = interpolate(x, noise, t), gaps[:, 0] > 0, guidance_form == "published"
+    fused = lambda v, r: v if guidance == 1 else (
+        guidance * v + (1 - guidance) * model(z, t, r, **(cond | _given(null, guidance))))
     u = model(z, t, r, **cond)
     with torch.no_grad():
         v = noise - x
-        of_teacher = _expand(jumps, z) | (not data_anchors)
-        if guidance_form == "published" or guidance == 1:
-            if teacher is not None:
-                v = torch.where(of_teacher, teacher(z, t, t, **cond), v)
-            along = v
-            if guidance != 1:
-                v = guidance * v + (1 - guidance) * model(z, t, r, **(cond | _given(null, guidance)))
-        else:
-            if teacher is None or data_anchors:
-                v = guidance * v + (1 - guidance) * model(z, t, t, **(cond | _given(null, guidance)))
-            if teacher is not None:
-                v = torch.where(of_teacher, guided(teacher, z, t, t, guidance, null, **cond), v)
-            along = v
-        du = _derivative_of_jumps(model, z, along, t, r, jumps, eps, **cond)
-        target = v - (_expand(t - r, z) * du).to(v.dtype)
+        if not published and (teacher is None or data_anchors):
+            v = fused(v, t)
+        if teacher is not None:
+            of_teacher = guided(teacher, z, t, t, 1 if published else guidance, null, **cond)
+            v = torch.where(_expand(jumps, z) | (not data_anchors), of_teacher, v)
+        du = _derivative_of_jumps(model, z, v, t, r, jumps, eps, **cond)
+        target = (fused(v, r) if published else v) - (_expand(t - r, z) * du).to(v.dtype)
 
     error = _squared_error(u, target) / guidance**2  # which keeps the scale of the unguided error
     w = time_weight(t, shift) if weight is None else weight(t)
@@ -278,7 +278,7 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     return (loss, error.detach().flatten(1).mean(1), jumps) if parts else loss
 
 def _derivative_of_jumps(model, z, v, t, r, jumps, eps, **cond):
-    """du/dt (as z) of jumps. At an anchor t - r multiplies it by zero, so there it is not computed but 0."""
+    """du/dt (shaped as z) of jumps. At an anchor, where t - r is zero, it is not computed but 0."""
     du = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
     if sum_over_processes(jumps.sum()) > 0:
         # Sharded processes must call the network equally often: one without a jump takes its first sample.
@@ -306,8 +306,8 @@ def _balance(loss, jumps, sums=None, tiny=1e-5):
     its micro-batches: exact if anchors come first. Without an anchor, nothing is rescaled.
     """
     anchors = (~jumps).to(loss.dtype)
-    total = sum_over_processes(torch.stack([(anchors * loss.detach()).sum(), anchors.sum()]))
-    total, count = total if sums is None else sums.add_(total)
+    found = sum_over_processes(torch.stack([(anchors * loss.detach()).sum(), anchors.sum()]))
+    total, count = found if sums is None else sums.add_(found)
     if count == 0:
         return loss
     return torch.where(jumps, loss * total / count / (loss.detach() + tiny), loss)
@@ -382,8 +382,8 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
         data ---------------- eq. (3), the loss of stage 1 ----------------------------------------> student
                                             +--> detached, flow matching --------------------------> fake
 
-    First the student learns, judged by a fake score that knows the samples of one small update ago; then the
-    fake score, on the judged samples (one rollout serves both) or, as published, on FRESH ones of the updated
+    First the student learns; then the fake score, on the judged samples (one rollout serves both, and when it
+    judges next it is one update of the student behind) or, as published, on FRESH ones of the updated
     student, from a second rollout, without gradient. If the fake score lags, the student follows its error:
     more fake_steps or a slower student helps. Stage 1's loss keeps all other jumps.
 
@@ -459,7 +459,7 @@ def best_grid(model, noise, steps, *, points=33, shift=1.0, **cond):
 
     A jump differs from two half ones by about its error, where short jumps are more exact; one over a single
     interval counts as exact. Errors add up, unless the flow stretches them: dynamic programming finds the
-    least sum, RMS over samples from noise (B, ...), in 993 calls. steps: a number, or a list, for a list.
+    least sum, RMS over samples from noise (B, ...), in 993 calls for 33 points. steps: a number, or a list.
     """
     wanted = steps if isinstance(steps, (list, tuple)) else [steps]
     if not all(isinstance(n, int) and 1 <= n < points for n in wanted):

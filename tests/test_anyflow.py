@@ -65,6 +65,22 @@ def test_shift_keeps_ends_and_order_and_composes(shift):
     assert torch.allclose(((1 - s) / s)[1:], ((1 - t) / t)[1:] / shift)
 
 
+def test_every_shift_keeps_one_exactly():
+    for shift in [i / 100 for i in range(1, 1001)]:
+        assert anyflow.shift_time(1.0, shift) == anyflow.shift_time(torch.ones(()), shift) == 1
+        grid = anyflow.time_grid(4, shift)
+        assert torch.equal(anyflow.time_grid(grid), grid)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0, 12.0])
+def test_time_pairs_keep_their_order_in_the_last_digits_below_one(shift, monkeypatch):
+    near = 1 - torch.arange(1, 65) * 2**-24
+    pairs = iter([torch.cartesian_prod(near, near).T.contiguous(), torch.tensor(0.5)])
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: next(pairs))
+    t, r = anyflow.time_pairs(64**2, shift, diffusion=0.0, endpoint=0.0)
+    assert (r <= t).all()
+
+
 def test_grid_of_shift_one_is_even_and_grids_nest():
     assert torch.equal(anyflow.time_grid(4), torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64))
     assert torch.allclose(anyflow.time_grid(8, 5.0)[::2], anyflow.time_grid(4, 5.0))
@@ -751,6 +767,29 @@ def test_times_per_frame_equal_times_per_sample(name):
     assert torch.allclose(anyflow.jump(video_net, x, t, r), anyflow.jump(video_net, x, *frames))
 
 
+def test_flow_map_loss_of_frames_at_their_own_times_is_that_of_frames_alone():
+    x, noise = torch.randn(2, 3, 4, 2, 5, 5, dtype=torch.float64)
+    t = 0.5 + 0.4 * torch.rand(3, 4, dtype=torch.float64)
+    r = t - 0.4 * torch.rand(3, 1, dtype=torch.float64)  # one distance for all frames of a clip
+    loss = lambda *args: anyflow.flow_map_loss(video_net, args[0], t=args[1], r=args[2], noise=args[3],
+                                               balance=False)
+    alone = loss(*(y.flatten(0, 1) for y in (x, t, r, noise)))
+    assert loss(x, t, r, noise).item() == pytest.approx(alone.item(), rel=1e-12)
+
+
+def test_jump_compiles_in_one_graph():
+    x = torch.randn(3, 2)
+    compiled = torch.compile(anyflow.jump, fullgraph=True, backend="eager")
+    t, r = torch.full((3,), 0.8), torch.full((3,), 0.3)
+    assert torch.equal(compiled(video_net, x, t, r), anyflow.jump(video_net, x, t, r))
+
+
+def test_squared_error_of_bfloat16_is_taken_in_float32():
+    x, noise, u = torch.randn(3, 100, 2).bfloat16()
+    loss = anyflow.flow_matching_loss(lambda z, t, r: u, x, noise=noise)
+    assert loss.item() == pytest.approx((u.float() - (noise - x).float()).square().mean().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_loss_and_sampler_works_in(dtype):
     net = MLP(width=32, depth=2)
@@ -802,6 +841,7 @@ BAD = [
     (lambda: anyflow.time_grid(torch.tensor([1, math.nan, 0])), "from 1 down to 0"),
     (lambda: anyflow.time_grid(4, 0), "shift is 0"),
     (lambda: anyflow.shift_time(0.5, -1), "shift is -1"),
+    (lambda: anyflow.shift_time(0.5, math.inf), "shift is inf"),
     (lambda: anyflow.jump(video_net, TWO, 0.5, 0.6), "r above t by up to 0.1, expected r <= t"),
     (lambda: anyflow.jump(video_net, TWO, 1.5, 0.0), "times are in [1.5, 1.5], expected [0, 1]"),
     (lambda: anyflow.jump(video_net, TWO, torch.tensor([0.5, math.nan]), 0.0), "times are in [nan, nan]"),
@@ -812,6 +852,8 @@ BAD = [
     (lambda: anyflow.sample(video_net, TWO, 1, gamma=math.nan), "gamma is nan"),
     (lambda: anyflow.flow_map_loss(video_net, TWO, guidance=0.0), "guidance is 0"),
     (lambda: anyflow.flow_map_loss(video_net, TWO, t=0.5), "found only t"),
+    (lambda: anyflow.flow_map_loss(video_net, TWO, t=torch.ones(2, 2), r=torch.eye(2)), "t - r differs"),
+    (lambda: anyflow.flow_matching_loss(video_net, TWO.int(), noise=TWO), "a state is of torch.int32"),
     (lambda: anyflow.consistency_loss(video_net, video_net, TWO, steps=0), "steps is 0"),
     (lambda: anyflow.sample(video_net, TWO, 2, guidance=3.0), "null"),
     (lambda: anyflow.flow_map_loss(video_net, TWO, guidance=3.0), "null"),
