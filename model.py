@@ -99,6 +99,8 @@ class WanConfig:
         small, large = self.patch_size, self.compressed_patch_size
         if self.width > SIZE["high"]:
             raise ValueError(f"heads times head_dim are {self.width}, expected at most {SIZE['high']}")
+        if self.out_channels != self.in_channels:
+            raise ValueError(f"out_channels is {self.out_channels}, expected in_channels, {self.in_channels}")
         if small[0] != 1 or large[0] != 1:
             raise ValueError(f"patch sizes are {small} and {large}, expected patches of one frame, (1, h, w)")
         if self.kind == "causal" and (large[1] % small[1] or large[2] % small[2]):
@@ -134,7 +136,7 @@ class Embedder(nn.Module):
         self.activation = activation
 
     def forward(self, x):
-        return self.linear_2(self.activation(self.linear_1(x)))
+        return self.linear_2(self.activation(self.linear_1(x.to(self.linear_1.weight.dtype))))
 
 class ConditionEmbedder(nn.Module):
     """Times and text to the network's width."""
@@ -155,12 +157,12 @@ class ConditionEmbedder(nn.Module):
         if self.config.kind != "teacher":
             gate, second = self.config.gate_value, r if self.config.deltatime_type == "r" else t - r
             e = (1 - gate) * e + gate * self.delta_embedder(self.sinusoid(second))
-        return e, self.time_proj(F.silu(e)).unflatten(-1, (6, -1))
+        return e, self.time_proj(F.silu(e).to(self.time_proj.weight.dtype)).unflatten(-1, (6, -1))
 
     def sinusoid(self, t):
         """cos, then sin, of 1000 t times frequencies that fall from 1 towards 1/10000: (..., freq_dim)."""
         angles = 1000 * t.float()[..., None] * self.frequencies(t.device)
-        return torch.cat([angles.cos(), angles.sin()], -1).to(self.time_proj.weight.dtype)
+        return torch.cat([angles.cos(), angles.sin()], -1)
 
     def frequencies(self, device=None):
         half = self.config.freq_dim // 2
@@ -465,7 +467,7 @@ class Wan(nn.Module):
         """(B, L, text_dim) -> (B, L, width)."""
         if text.ndim != 3 or text.shape[2] != self.config.text_dim:
             raise ValueError(f"text has shape {tuple(text.shape)}, expected (B, L, {self.config.text_dim})")
-        return self.condition_embedder.text_embedder(text.to(self.proj_out.weight.dtype))
+        return self.condition_embedder.text_embedder(text)
 
     def encode_text(self, text):
         """(B, L, text_dim) -> keys and values of all cross-attentions, once for a prompt."""
@@ -486,7 +488,7 @@ class Wan(nn.Module):
 
         padding=True is for equality with the pipeline of diffusers: it pads a chunk to a multiple of 128
         tokens and masks nothing, so that every query also sees keys and values of zero. At 480 x 832 they are
-        104 of 1,664 keys for a first chunk of one frame, 56 of some 14,000 for a later one of three.
+        104 of 1,664 keys for a first chunk of one frame, 56 of 6,296 to 17,996 for a later one of three.
         """
         if self.config.kind != "causal":
             raise ValueError(f"a cache needs a causal model, found kind {self.config.kind!r}")
@@ -494,7 +496,7 @@ class Wan(nn.Module):
 
     @torch.no_grad()
     def extend(self, cache, chunk, text):
-        """Commit a finished chunk (B, f, C, H, W), or a list: encode at t = r = 0, return the grown cache."""
+        """Encode a finished chunk (B, f, C, H, W), or a list of them, at t = r = 0. Returns the cache."""
         new = [chunk] if torch.is_tensor(chunk) else chunk
         for chunk in new:
             self._check(chunk, text, None, None, cache)
@@ -502,7 +504,8 @@ class Wan(nn.Module):
         window, leave = cache.window + new, len(cache.window + new) + 1 - self.config.full_chunk_limit
         old, cache.window = window[: max(0, leave)], window[max(0, leave) :]
         if old:
-            cache.forget_full_resolution()
+            n, cache.frames = cache.compressed_tokens, cache.compressed_frames
+            cache.past = [(k[:, :n], v[:, :n]) for k, v in cache.past] if n else None
         for chunk in old:
             self._commit(cache, chunk, text, compressed=True)
         for chunk in cache.window if old else new:
@@ -513,11 +516,12 @@ class Wan(nn.Module):
         zero = chunk.new_zeros(len(chunk), 1, dtype=torch.float32)
         group, made = self._group(chunk, zero, zero, cache.frames, compressed), []
         self._blocks([group], text, cache.past, keep=made)
-        if cache.past is not None:
-            made = [tuple(torch.cat(both, 1) for both in zip(old, new)) for old, new in zip(cache.past, made)]
+        for i, old in enumerate(cache.past or ()):  # block by block: all at once would be the cache twice
+            made[i] = cache.past[i] = tuple(torch.cat(both, 1) for both in zip(old, made[i]))
         cache.past, cache.frames = made, cache.frames + chunk.shape[1]
+        cache.shape = len(chunk), *chunk.shape[2:]
         if compressed:
-            cache.compressed, cache.compressed_frames = made[0][0].shape[1], cache.frames
+            cache.compressed_tokens, cache.compressed_frames = made[0][0].shape[1], cache.frames
 
     def _check(self, z, text, clean, chunks, cache):
         c = self.config
@@ -531,6 +535,8 @@ class Wan(nn.Module):
         _, p, q = c.compressed_patch_size if causal else c.patch_size
         if z.shape[3] % p or z.shape[4] % q:
             raise ValueError(f"height and width are {tuple(z.shape[3:])}, expected multiples of {p} x {q}")
+        if cache is not None and cache.shape not in (None, (len(z), *z.shape[2:])):
+            raise ValueError(f"a chunk is {tuple(z.shape)}, expected {cache.shape}, and frames, as the cache")
         batch = len(text if torch.is_tensor(text) else text[0][0])
         if clean is not None and (len(clean), *clean.shape[2:]) != (len(z), *z.shape[2:]):
             raise ValueError(f"clean is {tuple(clean.shape)}, expected {tuple(z.shape)} but for the frames")
@@ -544,25 +550,25 @@ class Wan(nn.Module):
         """Load a folder in the layout of diffusers, or its subfolder `transformer`.
 
         kind: "anyflow" or "causal" to start a student from a teacher, or a causal model from a bidirectional
-        one, or the other way. At r = t, on a whole video, it computes what the folder's model does (not with
-        deltatime_type "t-r", whose second embedder sees 0 there). new: config keys that the folder's model
-        lacks, as chunk_partition. ValueError names the file, what it has and what it lacks.
+        one, or the other way. At r = t, on a whole video, it computes what the folder's model does (but for a
+        teacher's student with deltatime_type "t-r": its second embedder sees 0). new: with a kind, config
+        keys that the folder lacks, as chunk_partition. ValueError names the file, what it has, what it lacks.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"no model folder at {folder}")
         if not (folder / "config.json").exists() and (folder / "transformer" / "config.json").exists():
             folder = folder / "transformer"
+        if folder.with_name("transformer_2").is_dir():
+            raise ValueError(f"{folder.parent} has two networks, transformer and transformer_2, expected one")
         config = WanConfig.from_dict(files.read_json(folder / "config.json"), str(folder / "config.json"))
+        state = files.read_weights(folder, config.num_layers)
         if kind is not None:
             if kind not in CLASSES or (kind == "teacher" and config.kind != "teacher"):
                 raise ValueError(f"kind is {kind!r} for {folder} of kind {config.kind}, expected a student's")
-            missing = new.keys() - config.to_dict().keys()
-            config = replace(config, kind=kind, **{key: new[key] for key in missing})
-        state = files.read_weights(folder, config.num_layers)
-        if kind == "anyflow":
-            state = {name: p for name, p in state.items() if not name.startswith("far_patch_embedding.")}
-        files.complete_student(state, config)
+            lacking = check(WanConfig, {key: new[key] for key in new.keys() - config.to_dict().keys()})
+            before, config = config.kind, replace(config, kind=kind, **lacking)
+            state = files.of_kind(state, before, config)
         with torch.device("meta"):
             model = cls(config)
         files.take_weights(model, {name: p.to(device, dtype) for name, p in state.items()}, folder)
@@ -584,9 +590,6 @@ class Cache:
         self.padding = padding
         self.past = None  # a list, by block, of keys and values (B, tokens, heads, head_dim)
         self.frames = 0  # latent frames that they are of
-        self.compressed = self.compressed_frames = 0  # tokens and frames of compressed chunks: final
+        self.shape = None  # (B, C, H, W) of the chunks
+        self.compressed_tokens = self.compressed_frames = 0  # of compressed chunks: final
         self.window = []  # the chunks that are at full resolution, as latents
-
-    def forget_full_resolution(self):
-        n, self.frames = self.compressed, self.compressed_frames
-        self.past = [(k[:, :n], v[:, :n]) for k, v in self.past] if n else None

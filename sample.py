@@ -59,23 +59,23 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
     if chunks is not None:
         raise ValueError(f"chunks need a causal model, found kind {model.config.kind!r}")
     given = given_frames(context, noise)
-    if given:
-        noise = torch.cat([context.to(noise.dtype), noise[:, given:]], 1)
 
     def held(z, t, r, text):
-        """The model with given frames held: at t = 0 (with the others' r, as published), not moving."""
-        if not given:
-            return model(z, t, r, text)
-        frame = torch.arange(z.shape[1], device=z.device)
-        u = model(z, torch.where(frame < given, 0, t[:, None]), r[:, None].expand(z.shape[:2]), text)
-        return torch.where((frame < given)[:, None, None, None], 0, u)
+        """The model with given frames as they are, at t = 0, with the others' r, as published."""
+        z = torch.cat([context.to(z.dtype), z[:, given:]], 1)
+        t = torch.where(torch.arange(z.shape[1], device=z.device) < given, 0, t[:, None])
+        return model(z, t, r[:, None].expand(z.shape[:2]), text)
 
     with torch.no_grad():
         text, null = model.encode_text(text), None
         if guidance != 1 and null_text is not None:
             null = dict(text=model.encode_text(null_text))
     run, (steps,) = sampler_of(model, sampler, guidance), steps_of_chunks(steps, 1)
-    return run(held, noise, steps, shift=shift, guidance=guidance, null=null, path=path, text=text)
+    options = dict(shift=shift, guidance=guidance, null=null, path=path, text=text)
+    made = run(held if given else model, noise, steps, **options)
+    if given:
+        made[..., :given, :, :, :] = context
+    return made
 
 def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None,
            padding=False, sampler=None, budget=None):
@@ -110,9 +110,9 @@ def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None
             chunk = context[:, end - size : end]
         else:
             calls, now = left.pop(0), time.perf_counter()
-            if cost:  # a chunk also costs a call to enter the cache
+            if cost:  # to enter the cache costs about a call for each chunk of the window
                 share = (deadline - now) / (ends[-1] - end + size)
-                calls = max(1, int(min(MOST, share / cost - 1)))
+                calls = max(1, int(min(MOST, share / cost - (model.config.full_chunk_limit - 1))))
             start, null = noise[:, end - size : end], nulls[0] if nulls else None
             chunk = run(model, start, calls, shift=shift, guidance=guidance, null=null, **cond)
             if budget:
@@ -202,7 +202,7 @@ def parse(argv):
     steps("--steps", type=positive, nargs="+", default=[4], help="network calls (default 4), of a causal"
           " model a chunk: one number for each, the last one goes on")
     steps("--times", type=float, nargs="+", help="where calls begin and end, as 1 0.9 0.5 0")
-    add("--budget", type=float, help="seconds: chunks but the first take the calls that fit, and are told")
+    add("--budget", type=float, help="seconds, with compiling: chunks but the first take the calls that fit")
     add("--frames", type=positive, help="of the video, if not the model's own (81)")
     add("--height", type=positive, help="in pixels, if not the model's own (480)")
     add("--width", type=positive, help="in pixels, if not the model's own (832)")
@@ -214,7 +214,7 @@ def parse(argv):
     add("--seed", type=seed_value, default=0, help="0 to 2^32 - 1 (default 0)")
     add("--dtype", choices=["float32", "bfloat16"], help="of the network (default: bfloat16 on a GPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
-    add("--compile", action="store_true", help="compile the blocks: a minute once, then faster")
+    add("--compile", action="store_true", help="compile the blocks: takes a minute, for a GPU")
     args = parser.parse_args(argv)
     args.ending = args.out.suffix.lower()
     if not args.out.name or (args.out.is_dir() and args.ending in FORMATS):
@@ -225,6 +225,8 @@ def parse(argv):
         parser.error("--text is embeddings, expected it without --prompts and --per-prompt")
     if bool(args.image) + bool(args.video) + bool(args.context) > 1:
         parser.error("found more than one of --image, --video and --context, expected one")
+    if args.given and (args.image or args.context or args.text):
+        parser.error("--given is of --video or a tiny clip, expected no --image, --context or --text")
     if not 0 <= args.guidance < math.inf:
         parser.error(f"--guidance is {args.guidance}, expected a number of at least 0")
     return args
@@ -276,13 +278,14 @@ def run(args):
 
     def make(prompt, seed, stem):
         text = stored["text"] if stored else parts.text(prompt)
-        null = stored.get("null_text") if stored else parts.text(args.negative).expand_as(text)
+        null = stored.get("null_text") if stored else parts.text(args.negative)
         given = context
         if given is None and args.given:
             given = world.true_frames(made.get("data"), prompt, args.given, seed)
         text, null, given = (x if x is None else x.to(device, dtype) for x in (text, null, given))
-        # As the published pipelines draw it, on the CPU: a seed gives one video there and on every device.
-        size = len(text), shape[1], shape[0], *shape[2:]
+        null = null if null is None else null.expand_as(text)
+        # As the published pipelines draw it, on the CPU: a seed gives one noise there and on every device.
+        size = *text.shape[:1], shape[1], shape[0], *shape[2:]
         noise = torch.randn(size, generator=torch.Generator().manual_seed(seed)).transpose(1, 2)
         torch.manual_seed(seed)
         inputs, calls = (model, text, noise.to(device, dtype), steps), []

@@ -151,17 +151,18 @@ def compressed_patches(embedding, size):
     larger = larger.reshape(*weight.shape[:2], *size).to(weight.dtype)
     return {"weight": larger, "bias": embedding["bias"].clone()}
 
-def complete_student(state, config):
-    """Add, in place, what a student has beyond its teacher: a second time embedder, compressed patches."""
-    first, second = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
-    if config.kind != "teacher" and not any(name.startswith(second) for name in state):
-        state.update({second + name.removeprefix(first): value.clone()
-                      for name, value in list(state.items()) if name.startswith(first)})
-    if config.kind == "causal" and not any(name.startswith("far_patch_embedding.") for name in state):
-        patch = {name: state.get(f"patch_embedding.{name}") for name in ("weight", "bias")}
-        if None not in (patch["weight"], patch["bias"]):
-            new = compressed_patches(patch, config.compressed_patch_size)
-            state.update({f"far_patch_embedding.{name}": value for name, value in new.items()})
+def of_kind(state, kind, config):
+    """A network of that kind's weights for config's: what only the latter has is made, the rest dropped."""
+    first, second = ".time_embedder.", ".delta_embedder."
+    if kind == "teacher" and config.kind != "teacher":
+        state |= {name.replace(first, second): p.clone() for name, p in state.items() if first in name}
+    if config.kind != "causal":
+        return {name: p for name, p in state.items() if not name.startswith("far_patch_embedding.")}
+    patch = {name: state.get(f"patch_embedding.{name}") for name in ("weight", "bias")}
+    if kind != "causal" and None not in (patch["weight"], patch["bias"]):
+        new = compressed_patches(patch, config.compressed_patch_size)
+        state |= {f"far_patch_embedding.{name}": p for name, p in new.items()}
+    return state
 
 @dataclass(frozen=True)
 class Provenance:

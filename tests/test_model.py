@@ -1,9 +1,12 @@
 """model.py and sample.py against diffusers: live where it is installed, by its stored answers everywhere."""
 
 import copy
+import itertools
 import json
 import math
+import re
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,7 +223,7 @@ def test_the_cache_holds_what_encoding_the_whole_history_gives():
         model.extend(cache, clip[:, 2 * i : 2 * i + 2], text)
         # 6 a compressed frame, and two chunks in full, of 24 a frame
         tokens = max(0, i - 1) * 2 * 6, min(2, i + 1) * 2 * 24
-        assert cache.compressed == tokens[0] and cache.past[0][0].shape[1] == sum(tokens)
+        assert cache.compressed_tokens == tokens[0] and cache.past[0][0].shape[1] == sum(tokens)
         assert cache.frames == 2 * i + 2
         # As in training: the newest chunks are the clean copies in a window that is one chunk larger.
         if i >= 1:
@@ -420,6 +423,7 @@ def shard(folder, names):
     (lambda f: edit(f, colour=3), "unknown key colour"),
     (lambda f: edit(f, ffn_dim="delete"), "missing key ffn_dim"),
     (lambda f: edit(f, image_dim=1280), "image_dim is 1280"),
+    (lambda f: edit(f, in_channels=9), "out_channels is 4, expected in_channels, 9"),
     (lambda f: edit(f, ffn_dim=64), "has shape"),
     (lambda f: edit(f, patch_size=2), "patch_size is 2, expected 3 integers "),
     (lambda f: edit(f, deltatime_type="dt"), "deltatime_type is 'dt', expected one of r, t-r"),
@@ -468,7 +472,7 @@ def test_every_chunk_takes_its_own_number_of_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("budget, wanted", [
-    (20.0, [4, 2, 3, 3, 3]),  # 20 - 5 on the first chunk: 3.75 a chunk, one of them into the cache
+    (20.0, [4, 1, 2, 3, 4]),  # 20 - 5 on the first chunk: 3.75 a chunk, two of it kept for the cache
     (1.0, [4, 1, 1, 1, 1]),  # spent by the first chunk
     (1e9, [4, sample.MOST, sample.MOST, sample.MOST, sample.MOST]),
 ])
@@ -482,7 +486,85 @@ def test_a_stream_under_a_clock_makes_the_clips_of_its_calls(monkeypatch):
     model, _ = clocked(monkeypatch)
     text, noise = draw("text", 1, 5, 12), draw("z", 1, 5, 4, 8, 12)
     timed = torch.cat([*sample.stream(model, text, noise, 4, chunks=(1,) * 5, budget=20.0)], 1)
-    assert torch.equal(timed, sample.generate(model, text, noise, [4, 2, 3, 3, 3], chunks=(1,) * 5))
+    assert torch.equal(timed, sample.generate(model, text, noise, [4, 1, 2, 3, 4], chunks=(1,) * 5))
+
+
+def test_given_frames_stay_as_they_are_with_every_sampler():
+    text, noise, given = draw("text", 2, 5, 12), draw("z", 2, 5, 4, 8, 12), draw("given", 2, 2, 4, 8, 12)
+    for kind, sampler in itertools.product(("anyflow", "causal"), sample.SAMPLERS):
+        more = dict(chunks=(2, 3)) if kind == "causal" else {}
+        clip = sample.generate(build(kind), text, noise, 3, context=given, sampler=sampler, **more)
+        assert torch.equal(clip[:, :2], given) and not clip[:, 2:].isnan().any(), (kind, sampler)
+    options = dict(context=given, sampler="consistency", path=True)
+    states = sample.generate(build("anyflow"), text, noise, 3, **options)
+    assert all(torch.equal(state[:, :2], given) for state in states)
+
+
+def test_a_cache_refuses_chunks_of_another_size():
+    model = build("causal")
+    cache = model.extend(model.new_cache(), draw("z", 2, 1, 4, 8, 12), draw("text", 2, 5, 12))
+    for size in ((2, 1, 4, 8, 8), (1, 1, 4, 8, 12)):
+        z, text = draw("z", *size), draw("text", size[0], 5, 12)
+        for call in (lambda z=z, text=text: model(z, 0.5, 0.1, text, cache=cache),
+                     lambda z=z, text=text: model.extend(cache, z, text)):
+            with pytest.raises(ValueError, match=r"expected \(2, 4, 8, 12\), and frames, as the cache"):
+                call()
+
+
+def test_to_commit_a_chunk_takes_no_second_cache(monkeypatch):
+    """The old keys and values of a block are gone before the next block's grow."""
+    model, text = build(num_layers=4), draw("text", 1, 5, 12)
+    cache = model.extend(model.new_cache(), draw("a", 1, 1, 4, 8, 12), text)
+    old, alive, cat = [weakref.ref(k) for k, _ in cache.past], [], torch.cat
+
+    def watched(tensors, *args):
+        made = cat(tensors, *args)
+        if made.ndim == 4 and made.shape[1] > cache.past[-1][0].shape[1]:
+            alive.append(sum(k() is not None for k in old))
+        return made
+
+    monkeypatch.setattr(torch, "cat", watched)
+    model.extend(cache, draw("b", 1, 1, 4, 8, 12), text)
+    assert alive[-1] == 1 and len(cache.past) == 4
+
+
+def test_a_folder_of_mixed_precision_computes(tmp_path):
+    """diffusers keeps norms, tables and the time embedder in float32 where the rest is bfloat16."""
+    build("anyflow").save_pretrained(tmp_path)
+    wanted = Wan.from_pretrained(tmp_path)(draw("z", 1, 3, 4, 8, 12), 0.7, 0.2, draw("text", 1, 5, 12))
+    state = load_file(tmp_path / WEIGHTS)
+    keep = re.compile("time_embedder|delta_embedder|scale_shift_table|norm")
+    state = {name: p if keep.search(name) else p.bfloat16() for name, p in state.items()}
+    save_file(state, tmp_path / WEIGHTS)
+    found = Wan.from_pretrained(tmp_path)(draw("z", 1, 3, 4, 8, 12), 0.7, 0.2, draw("text", 1, 5, 12))
+    assert (found - wanted).norm() < 0.03 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind, part", [("anyflow", "delta_embedder"), ("causal", "delta_embedder"),
+                                        ("causal", "far_patch_embedding")])
+@pytest.mark.parametrize("wanted", [None, "causal"])
+def test_a_student_without_what_students_have_is_damaged(kind, part, wanted, tmp_path):
+    """Only a teacher's folder gets a second time embedder, only a bidirectional one's compressed patches."""
+    build(kind).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda state: [state.pop(name) for name in list(state) if part in name])
+    with pytest.raises(ValueError, match=f"lacks .*{part}"):
+        Wan.from_pretrained(tmp_path, wanted)
+
+
+def test_two_networks_in_a_folder_are_refused(tmp_path):
+    for name in ("transformer", "transformer_2"):
+        build("teacher").save_pretrained(tmp_path / name)
+    for folder in (tmp_path, tmp_path / "transformer"):
+        with pytest.raises(ValueError, match="two networks, transformer and transformer_2"):
+            Wan.from_pretrained(folder)
+
+
+def test_new_keys_are_checked(tmp_path):
+    build("teacher").save_pretrained(tmp_path)
+    for new in ({"chunk_partition": (0, -1)}, {"full_chunk_limit": 0}):
+        with pytest.raises(ValueError, match="expected"):
+            Wan.from_pretrained(tmp_path, "causal", **new)
+    assert Wan.from_pretrained(tmp_path, "causal", chunk_partition=[1, 1]).config.chunk_partition == (1, 1)
 
 
 BAD_CALLS = {
