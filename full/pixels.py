@@ -281,18 +281,18 @@ class Prompt:
     aug_prompt_en: str = option()
 
 def read_prompts(path):
-    """{prompt that names a clip: prompt that it is made from} of a file: lines of text, in which the two are
+    """[(prompt that names a clip, the one that it is made from)] of a file: lines of text, in which both are
     one, or objects of JSON, in lines or in one list, with both keys of `Prompt`. ValueError."""
     text = text_of(f"@{path}")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {path} has no prompt, expected one in each line")
     if not re.match(r"\[?\s*\{", text):
-        return {line: line for line in lines}
+        return [(line, line) for line in lines]
     parse = lambda _: json.loads(text) if text[0] == "[" else [json.loads(line) for line in lines]
     rows = read_text(Path(path), parse, "is no JSON")
     rows = [check(Prompt, row, f"--prompts {path}, prompt {i}") for i, row in enumerate(rows, 1)]
-    return {row["prompt_en"]: row["aug_prompt_en"] for row in rows}
+    return [(row["prompt_en"], row["aug_prompt_en"]) for row in rows]
 
 def clips_of(args, formats):
     """[(prompt, seed, stem)] to make: one clip at --out, or several in that folder, named as by VBench."""
@@ -300,26 +300,26 @@ def clips_of(args, formats):
     stem = args.out.with_suffix("") if one else args.out
     if args.text:
         return [(None, args.seed, stem)]
-    prompts = read_prompts(args.prompts) if args.prompts else {prompt: prompt for prompt in args.prompt}
-    if not all(prompt.strip() for prompt in prompts):
+    prompts = read_prompts(args.prompts) if args.prompts else [(prompt, prompt) for prompt in args.prompt]
+    if not all(prompt.strip() for prompt, _ in prompts):
         raise ValueError("--prompt is empty, expected some words")
-    if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
+    if any("\ud800" <= letter <= "\udfff" for prompt, _ in prompts for letter in prompt):
         raise ValueError("--prompt is no UTF-8")
     if len(prompts) == 1 and not args.prompts and args.per_prompt is None:
-        return [(*prompts.values(), args.seed, stem)]
+        return [(prompts[0][1], args.seed, stem)]
     if one or args.out.is_file():
         raise ValueError(f"--out {args.out} is a file, expected a folder for several clips")
-    clips, each = [], args.per_prompt or 1
-    for number, (prompt, text) in enumerate(prompts.items()):
+    clips, each = {}, args.per_prompt or 1
+    for number, (prompt, text) in enumerate(prompts):  # of a name that comes twice, the last clip stays
         name = prompt.replace("/", "_").encode()[:200].decode(errors="ignore")  # a file's name has 255 bytes
         if name != prompt:  # and another prompt may look like it
             name += "-" + hashlib.sha1(prompt.encode()).hexdigest()[:8]
         first = args.seed + (number * each if args.seeds == "running" else 0)
-        clips += [(text, first + i, args.out / f"{name}-{i}") for i in range(each)]
-    missing = [clip for clip in clips if not all(Path(f"{clip[2]}{ending}").exists() for ending in formats)]
-    if len(missing) < len(clips):
-        print(f"{len(clips) - len(missing)} of {len(clips)} are there already, made with whatever settings")
-    return missing
+        clips |= {f"{name}-{i}": (text, first + i, args.out / f"{name}-{i}") for i in range(each)}
+    todo = [clip for clip in clips.values() if not all(Path(f"{clip[2]}{end}").exists() for end in formats)]
+    if len(todo) < len(clips):
+        print(f"{len(clips) - len(todo)} of {len(clips)} are there already, made with whatever settings")
+    return todo
 
 def latent_shape(args, config, made, stride):
     """(F, C, h, w) for --frames, --height and --width in pixels, or what the model was trained for."""

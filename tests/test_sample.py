@@ -208,6 +208,14 @@ def test_prompts_of_vbench_name_a_clip_by_one_text_and_make_it_from_the_other(la
     assert clips == wanted
 
 
+def test_a_prompt_that_comes_twice_takes_its_seeds_twice_and_keeps_its_last_clip(tmp_path):
+    rows = [*ROWS, ROWS[0] | {"aug_prompt_en": "another"}, {"prompt_en": "d", "aug_prompt_en": "e"}]
+    options = ["--prompts", str(write(tmp_path / "p", json.dumps(rows))), "--seeds", "running"]
+    clips = clips_of(sample.parse([*options, "--out", str(tmp_path / "o")]), [".gif"])
+    assert {stem.name: (text, seed) for text, seed, stem in clips} == {
+        "a cat-0": ("another", 2), "b-0": ("c", 1), "d-0": ("e", 3)}
+
+
 def test_names_that_are_no_folders_are_looked_for_on_the_hub(tmp_path, monkeypatch):
     """AUTHOR/MODEL with its revision; a folder of that name comes first; no network or package: told."""
     hub = SimpleNamespace(asked=[])

@@ -201,7 +201,7 @@ class ExactTeacher:
 class Pixels:
     """As `full.pixels.Published`, for models of these worlds: a prompt is labels, a latent a pixel."""
 
-    fps, stride = 4, (1, 1)
+    fps, stride, shift = 4, (1, 1), lambda self: 2.0
 
     def read_prompts(self, prompts, dtype):
         pass
