@@ -60,7 +60,7 @@ class Recipe:
     beta1: float = option(0.9, "of AdamW", low=0, below=1)
     beta2: float = option(0.95, "of AdamW", low=0, below=1)
     warmup: int = option(1000, "steps of rising learning rate", low=0)
-    decay: float = option(0.0, "share of the steps, the last ones, in which it falls to zero", **SHARE)
+    decay: float = option(0.0, "share of the steps, the last ones, in which the rate falls to zero", **SHARE)
     clip: float = option(1.0, "norm that a gradient is clipped to", above=0)
     ema: float = option(0.999, "decay of the average of the weights", **SHARE)
     ema_start: int = option(1000, "steps before which the average is the weights themselves", low=0)
@@ -73,30 +73,30 @@ class Recipe:
     guidance_form: str = option("published", "consistent: of the guided ODE", choices=anyflow.GUIDANCE_FORMS)
     target: str = option("data", "whose velocity the target has", choices=("data", "teacher"))
     data_anchors: bool = option(True, "with target teacher: where r = t, still the data's velocity")
-    weight: str = option("paper", "of t; inverse: 1 / (t + 0.05)", choices=("paper", "inverse"))
+    weight: str = option("paper", "paper's (consistency: 1) or 1 / (t + 0.05)", choices=("paper", "inverse"))
     balance: bool = option(True, "rescale each jump's loss to the mean of the anchors'")
     diffusion: float = option(0.5, "share of r = t", **SHARE)
     endpoint: float = option(0.25, "share of r = 0", **SHARE)
     eps: float = option(0.005, "half the step of the central difference", above=0, below=0.5)
-    fastest: float = option(0.0, "radians per unit time: no embedder sees a faster sinusoid; 0: all", low=0)
-    bidirectional: float = option(0.1, "causal: share of steps that also take a whole clip", **SHARE)
+    fastest: float = option(0.0, "radians a unit of time: trained weights see none faster; 0: all", low=0)
+    bidirectional: float = option(0.1, "causal stages 0, 1: share of steps with a whole clip too", **SHARE)
     # stage 2
     rollout: str = option("flowmap", "consistency: for the baseline", choices=("flowmap", "consistency"))
-    rollout_steps: tuple = option((2, 4, 8, 16, 50), "numbers of steps N, one drawn for each step", low=1)
-    grad_chunks: int = option(0, "causal: how many chunks of a rollout have a gradient; 0: all", low=0)
+    rollout_steps: tuple = option((2, 4, 8, 16, 50), "numbers of calls N, one drawn for a rollout", low=1)
+    grad_chunks: int = option(0, "causal: how many judged chunks have a gradient; 0: all", low=0)
     recompute_rollout: bool = option(True, "make a rollout again, part by part, to go back through it")
     dmd: float = option(1.0, "weight of DMD beside the loss of stage 1", low=0)
     dmd_guidance: float = option(4.0, "of the judge: the release's x0_cond + 3 (x0_cond - x0_null)", low=0)
     fake_lr: float = option(2e-6, "learning rate of the fake score", above=0)
     fake_steps: int = option(1, "updates of the fake score for one of the student", low=1)
-    fake_samples: str = option("reused", "what it learns: judged or new samples", choices=("reused", "fresh"))
+    fake_samples: str = option("reused", "samples that the fake score learns", choices=("reused", "fresh"))
     # baseline
     teacher_steps: int = option(50, "midpoint steps of the teacher that divide [0, 1]", low=1)
     # machine
     lora: int = option(256, "rank, with alpha = rank; 0 trains all weights", low=0)
     merge: bool = option(False, "earlier LoRAs go into the frozen weights, new ones are trained")
     share: bool = option(True, "with LoRA: teacher, student and fake score as adapters of one frozen network")
-    dtype: str = option("bfloat16", "of the work, not of weights", choices=("float32", "bfloat16"))
+    dtype: str = option("bfloat16", "of the work and of frozen weights", choices=("float32", "bfloat16"))
     checkpointing: str = option("full", "what is recomputed going back; selective: all but self-attention",
                                 choices=("none", "full", "selective"))
     compile: bool = option(True, "compile the blocks")
@@ -214,11 +214,10 @@ class Clips:
         causal_judge = judge.config.kind == "causal"  # it sees the window, after the student's earlier chunks
         simulations = {"flowmap": anyflow.backward_simulation, "consistency": anyflow.consistency_simulation}
         simulate = functools.partial(simulations[recipe.rollout], grid=grid, k=k, text=batch.text)
-        chunks = batch.cond["chunks"] if causal_judge else self.chunks
+        chunks, frames = (batch.cond["chunks"], batch.frames) if causal_judge else (self.chunks, slice(None))
         judged = min(len(chunks), self.config.full_chunk_limit) if causal_judge else len(chunks)
         x_hat = self.chunk_by_chunk(student, simulate, batch, chunks, judged)
         cond = dict(text=batch.text) | (dict(clean=x_hat.detach(), chunks=chunks) if causal_judge else {})
-        frames = batch.frames if causal_judge else slice(self.shape[0])
 
         def of_fake(i):
             common = generator(self.seed, batch.number, 1 + i)
@@ -230,9 +229,9 @@ class Clips:
 
     def chunk_by_chunk(self, student, simulate, batch, chunks, judged):
         """The student's frames, a whole clip as one chunk. A causal one's chunk goes, without gradient, into
-        the cache that the next one sees. So chunks are independent, once their frames are known; and of the
-        last ones, which are judged, the gradient of some, drawn anew and scaled, is in the mean that of all.
-        With `recompute_rollout` no call has a gradient yet: x_hat is a leaf, and `go_back` does the rest."""
+        the cache that the next one sees. So chunks are independent, once their frames are known. The last
+        ones are judged; with `grad_chunks` K only K of them, drawn anew, have a gradient, scaled so that its
+        mean is that of all. With `recompute_rollout` x_hat is a leaf, and `go_back` does the rest."""
         again, made, calls = self.recipe.recompute_rollout, [], {}
         kept, past = self.recipe.grad_chunks or judged, {"cache": student.new_cache()} if self.causal else {}
         order = len(chunks) - judged + torch.randperm(judged, generator=batch.common)
@@ -325,8 +324,8 @@ def train(stage, recipe, run, clips):
             losses = means.read()
             if not all(map(math.isfinite, (norm, *losses.values()))):
                 found = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-                place = f"stage {stage}, step {step}: losses {found}, gradient's norm {norm:.4g}"
-                raise FloatingPointError(f"{place}{getattr(clips, 'spoilt', '')}; {run.newest()}")
+                where = f"stage {stage}, step {step}: losses {found}, gradient's norm {norm:.4g}"
+                raise FloatingPointError(f"{where}{getattr(clips, 'spoilt', '')}; {run.newest()}")
             run.optimisers[role].step()
             run.optimisers[role].zero_grad()
             means.norms[role] = norm
@@ -432,11 +431,13 @@ def run_stage(args):
         hold(args.out, *(getattr(args, key) for key in FOLDERS), args.data)
     make = from_folders(args.stage, recipe, args, config, is_baseline(args.stage, recipe))
     nets = networks(args.stage, recipe, is_baseline(args.stage, recipe), make)
+    if args.judge and "judge" not in nets or args.teacher and not {"teacher", "judge"} & nets.keys():
+        raise ValueError(f"--teacher or --judge is given, but stage {args.stage} with this recipe asks none")
     assemble(nets, recipe, device)
     if args.exact_teacher:
         null = recipe.drop or recipe.guidance != 1 or ("judge" in nets and recipe.dmd_guidance != 1)
         if isinstance(data, Shards) or config.kind == "causal" or "teacher" not in nets or null:
-            raise ValueError("--exact-teacher needs a world, a bidirectional student, --drop 0, guidance 1")
+            raise ValueError("--exact-teacher needs a world, a teacher, no chunks, --drop 0, guidance 1")
         nets |= {role: ExactTeacher(data) for role in {"teacher", "judge"} & nets.keys()}
     adam = dict(betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True)
     optimisers = {role: torch.optim.AdamW(trained(nets[role]).values(), **adam)
@@ -487,10 +488,9 @@ LOSSES = {"loss": "of the stage", "anchors": "squared error at r = t", "jumps": 
 
 def main(argv=None):
     args = parse(argv)
-    stopped = "--resume goes on from a checkpoint, if one was saved"
     less = lambda: what_needs_less(recipe_of(args.preset, args.stage, given(args)), args.stage, args.preset)
     try:
-        command("train.py", lambda: run_stage(args), stopped, less)
+        command("train.py", lambda: run_stage(args), "--resume goes on from a saved checkpoint", less)
     finally:
         if dist.is_initialized():
             gc.collect()  # FSDP's networks hold on to the group

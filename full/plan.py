@@ -249,7 +249,7 @@ def cost_of_training(stage, recipe, config, shape, gpus, per_node=8):
     causal, most, window = config.kind == "causal", len(config.chunk_partition), config.full_chunk_limit
 
     def step(stage, chunks=None, place=busiest, steps=1, depths=(1, 2, 3), **changes):
-        """FLOPs and peak of a step with so many chunks. Updates of the fake score are alike: one counts."""
+        """FLOPs and peak of a step with so many chunks. Of many updates of the fake score one is counted."""
         if stage == "onpolicy" and recipe.fake_steps > 2 and "fake_steps" not in changes:
             few = functools.partial(step, stage, chunks, place, **changes)
             flops, peak = few(steps=steps, depths=depths, fake_steps=2)
@@ -285,7 +285,7 @@ def cost_of_training(stage, recipe, config, shape, gpus, per_node=8):
     beside = "consistency" if is_baseline(stage, recipe) else "flowmap"
     flops, parts["activations"] = mean_step(beside, 0.0)
     if beside == "consistency":
-        on_policy, peak = step(stage, window, steps=8)
+        on_policy, peak = step(stage, window, steps=8)  # the mean of eight draws of N and k
     else:
         draws = most // math.gcd(recipe.grad_chunks, most) if causal else 1  # see `steps_on_meta`
         one, _ = step(stage, window, steps=draws, depths=(1, 2), rollout_steps=(1,))
@@ -327,7 +327,7 @@ def print_plan(name, machine, given):
     tokens = math.prod(shape) // shape[1] // math.prod(config.patch_size)
     print(f"{name}: {size['teacher']:,} parameters, with two times {size[config.kind]:,}; {tokens:,} tokens")
     work = f"{100 * machine.utilisation:g} % of {machine.tflops:g} TFLOP/s"
-    print(f"{gpus} GPU(s) at {work}, weights over {shards} of them\n")
+    print(f"{gpus} GPU(s) at {work}, weights over {shards} of them; a bidirectional judge\n")
     print(f"{'':12}{'batch':>6}{'steps':>7}{'PFLOP':>9}{'s':>9}{'GPU-days':>10}   fits from so many GPUs of")
     print(f"{'':25}{'of a GPU and step':>18}{'':10}   " + "".join(f"{card:>6} GiB" for card in CARDS))
     table, days = [], {}

@@ -231,8 +231,13 @@ def test_a_loss_that_turns_nan_names_stage_and_step(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--steps 0", "--seeds none", "--density moons", "--methods rcm",
-                                    "--out /dev/null/x", "--batch -3"])
+                                    "--batch -3"])
 def test_bad_option_is_one_sentence(option, capsys):
     with pytest.raises(SystemExit) as stop:
         flow2d.main(option.split())
     assert stop.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_training():
+    with pytest.raises(SystemExit, match=r"^toy.flow2d: .*Not a directory: '/dev/null/x'$"):
+        flow2d.main(["--out", "/dev/null/x"])

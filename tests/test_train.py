@@ -805,6 +805,11 @@ def test_foreign_folders_are_named(story, tmp_path):
     assert f"--judge {story['causal-teacher']} is of kind causal" in message
     assert "expected a bidirectional one" in message
     assert "lora is 4" in refused("teacher", *tiny, "--lora", "4")
+    init = ["--init", story["teacher"]]
+    for unread in (["teacher", "--teacher", story["teacher"]],
+                   ["flowmap", *init, "--judge", story["teacher"]],
+                   ["flowmap", *init, "--target", "data", "--teacher", story["teacher"]]):
+        assert f"stage {unread[0]} with this recipe asks none" in refused(unread[0], *tiny, *unread[1:])
 
 
 @pytest.mark.parametrize("options, words", [

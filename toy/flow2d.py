@@ -378,10 +378,6 @@ def parse(argv):
     if args.choose_gamma + args.departures + (args.methods != METHODS) > 1:
         parser.error("found more than one of --choose-gamma, --departures and --methods, expected one")
     args.steps, args.points = args.steps or (1000 if args.fast else 5000), 2**12 if args.fast else 2**15
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"cannot write to --out {args.out}: {error.strerror}")
     return args
 
 def trained_seeds(args, methods):
@@ -463,7 +459,7 @@ def main(argv=None):
     args = parse(argv)
     work = choose_gamma if args.choose_gamma else departures if args.departures else run
     kept = "nothing is kept" if args.choose_gamma else "what the finished seeds gave is in place"
-    command("toy.flow2d", partial(work, args), kept)
+    command("toy.flow2d", lambda: (args.out.mkdir(parents=True, exist_ok=True), work(args)), kept)
 
 if __name__ == "__main__":
     main()

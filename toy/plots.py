@@ -68,11 +68,8 @@ def _budget_axis(axis, nfe):
     axis.set(xlabel="network calls", yscale="log")
     axis.grid(alpha=0.25)
 
-def _calls(n):
-    return f"{n} call{'s' * (n > 1)}"
-
-def _seeds(n):
-    return f"{n} seed{'s' * (n > 1)}"
+def _count(n, noun="call"):
+    return f"{n} {noun}{'s' * (n > 1)}"
 
 def _bare(axis):
     axis.set(xticks=[], yticks=[])
@@ -168,9 +165,9 @@ def quality(results, path):
     axes[0].set_ylabel("better  ←  data units")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, ncols=6, loc="upper center",
                   bbox_to_anchor=(0.5, -0.02))
-    seeds = len(next(iter(methods.values()))["swd"][0])
-    bands = ": lines are medians, bands the range" if seeds > 1 else ""
-    figure.suptitle(f"{results['density']}, {_seeds(seeds)}{bands}. Lower is better.", fontsize=11, y=1.06)
+    seeds = _count(len(next(iter(methods.values()))["swd"][0]), "seed")
+    bands = ": lines are medians, bands the range" if seeds != "1 seed" else ""
+    figure.suptitle(f"{results['density']}, {seeds}{bands}. Lower is better.", fontsize=11, y=1.06)
     _save(figure, path)
 
 def gammas(gammas, nfe, scores, path):
@@ -178,11 +175,11 @@ def gammas(gammas, nfe, scores, path):
     figure, axis = plt.subplots(figsize=(7, 4.2))
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(nfe)))
     axis.set_prop_cycle(color=colours, marker=[*"os^vDP"[: len(nfe)]])
-    axis.plot([f"{g:.2g}" for g in gammas], np.median(scores, 0), markersize=5, label=[*map(_calls, nfe)])
+    axis.plot([f"{g:.2g}" for g in gammas], np.median(scores, 0), markersize=5, label=[*map(_count, nfe)])
     axis.set(yscale="log", ylabel="better  ←  sliced Wasserstein distance, data units",
              xlabel="gamma: 0 stays on the ODE path, 1 returns to fresh noise after each jump")
     axis.yaxis.set(major_formatter="{x:.3f}", minor_formatter="{x:.3f}")
-    axis.set_title(f"AnyFlow, stage 2, median of {_seeds(len(scores))}")
+    axis.set_title(f"AnyFlow, stage 2, median of {_count(len(scores), 'seed')}")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.25)
     _save(figure, path)
@@ -190,7 +187,7 @@ def gammas(gammas, nfe, scores, path):
 def trajectories(exact, states, nfe, path, budgets=(1, 2, 4, 16), count=16):
     """From one noise: exact ODE paths (T, B, 2) in grey under the states that each method visits."""
     names = [name for name in ("teacher", "consistency", "anyflow") if name in states]
-    figure, axes = _grid(names, [_calls(n) for n in budgets], (2.7, 2.75))
+    figure, axes = _grid(names, [_count(n) for n in budgets], (2.7, 2.75))
     exact = exact[:, :count].numpy()
     for name in names:
         own = dict(color=STYLE[name]["color"])
@@ -214,7 +211,7 @@ def sample_grid(target, samples, nfe, path, budgets=(1, 2, 4, 8, 64)):
     names = [name for name in STYLE if name in samples and name != "anyflow-control"]
     limit, count = 1.15 * target.abs().max().item(), len(target)
     root = lambda cloud: np.sqrt(np.histogram2d(*cloud[:count].numpy().T, 64, [[-limit, limit]] * 2)[0].T)
-    figure, axes = _grid(names, [*map(_calls, budgets), "data"], (1.85, 1.95), limit)
+    figure, axes = _grid(names, [*map(_count, budgets), "data"], (1.85, 1.95), limit)
     look = dict(origin="lower", cmap="magma", extent=2 * (-limit, limit), clim=(0, 1.2 * root(target).max()))
     for name in names:
         for axis, cloud in zip(axes[name], [samples[name][nfe.index(n)] for n in budgets] + [target]):
@@ -226,7 +223,7 @@ def sample_grid(target, samples, nfe, path, budgets=(1, 2, 4, 8, 64)):
 def jumping(states, nfe, path, budgets=(1, 2, 4, 16), count=500, frames=30, hold=8):
     """GIF: noise jumps to data, consistency above AnyFlow, by budget; points keep their colour."""
     names = [name for name in ("consistency", "anyflow") if name in states] or list(states)
-    figure, axes = _grid(names, [_calls(n) for n in budgets], (2.1, 2.2), dpi=70)
+    figure, axes = _grid(names, [_count(n) for n in budgets], (2.1, 2.2), dpi=70)
     dots = []
     for name in names:
         for axis, n in zip(axes[name], budgets):
@@ -318,7 +315,7 @@ def path_error(results, away, grid, path, budgets=(1, 4, 32)):
               ylabel="better  ←  RMS / RMS of a clip", ylim=(0, None))
     calls.legend(fontsize=8)
     for axis, n in zip(ways, budgets):
-        axis.set(xlim=(1.02, -0.02), xlabel="t  (1 = noise, 0 = clip)", title=f"along the way, {_calls(n)}")
+        axis.set(xlim=(1.02, -0.02), xlabel="t  (1 = noise, 0 = clip)", title=f"along the way, {_count(n)}")
         axis.grid(alpha=0.25)
     figure.tight_layout()
     _save(figure, path)
@@ -341,7 +338,7 @@ def paths(exact, states, grid, nfe, prompt, path, budgets=(1, 4, 32), frame=4, s
     for i, name in enumerate(names):
         for j, n in enumerate(budgets):
             axis = _bare(figure.add_subplot(cells[i, 2 + j]))
-            axis.set_title(_calls(n) if i == 0 else "", fontsize=10)
+            axis.set_title(_count(n) if i == 0 else "", fontsize=10)
             if j == 0:
                 axis.set_ylabel(STYLE[name]["label"].replace(" (", "\n("), fontsize=9)
             z = states[name][nfe.index(n)]
@@ -387,7 +384,7 @@ def chunks(results, path):
 def clips_by_budget(clips, nfe, prompt, path):
     """GIF: methods by rows, calls by columns, all from one noise. clips: {method: [(F, 3, H, W) per NFE]}."""
     rows = {STYLE[key]["label"].replace(", ", ",\n").replace(" (", "\n("): row for key, row in clips.items()}
-    _clips_gif(rows, [_calls(n) for n in nfe], f"“{prompt}”, same noise everywhere", path)
+    _clips_gif(rows, [_count(n) for n in nfe], f"“{prompt}”, same noise everywhere", path)
 
 def tasks(tasks, prompt, path):
     """GIF: a causal model continues what it is given. tasks: {name: (clip, true clip, given)}."""
