@@ -2,7 +2,7 @@
 
 Read from top to bottom; each part needs only those above it (but for a word on eq. (6) at the samplers).
 
-    1  path        a straight line joins data and noise; the time grid
+    1  lines       a straight line joins data and noise; the time grid
     2  flow map    one network call jumps from time t to ANY earlier time r; the samplers
     3  teacher     flow matching: at r = t the network is the velocity of an ODE
     4  stage 1     learn the jumps by differentiating their definition (off-policy: the states come from data)
@@ -15,25 +15,25 @@ with t = 1 pure noise, z_t the state at time t, v the instantaneous and u the AV
 AFTER any shift. A state is (B, n, ...): (B, 2) for points, (B, F, C, H, W) for video. A time is a float, (B,)
 for one a sample, or (B, F) for one a frame. Random numbers not given come from torch's global generator.
 
-The contract of a network. Whatever keeps it, for points, video or molecules, can be trained and sampled here.
+The contract of a network (fine print can wait). Whatever keeps it, video or molecules, can be trained here.
 
     u = model(z, t, r, **cond)      t, r: tensors (B,) or (B, F) in [0, 1]; u has the shape of z
 
-    - It is asked for every r <= t. It is also asked for r up to `eps` above t (`central_difference` looks at
-      t - eps while r stays), and, by samplers that hold given frames, for t = 0 < r at those frames.
+    - It is asked for every r <= t; by `central_difference`, which moves t and not r, for r up to `eps` above
+      t; and, by samplers that hold given frames at t = 0, for any r at those frames.
     - The answer for one sample does not depend on the others in the batch: no batch statistics.
     - Two calls with one input give one answer: no dropout.
-    - It is smooth in t over a distance of eps; of anything faster, `central_difference` sees an average.
+    - It is smooth in t over a distance of eps: `central_difference` averages whatever is faster.
     - Tensors in `cond`, in lists, tuples and dicts too, have the batch as first dimension; the rest is handed
       on as it is. `null` is a dict of the entries of `cond` that the null prompt replaces.
     - Under torch.distributed all processes call the losses together, with batches of one size.
 """
 import torch
 
-# ---- 1. The path from data to noise ------------------------------------------------------------------------
+# ---- 1. Lines from data to noise ---------------------------------------------------------------------------
 
 def shift_time(t, shift):
-    """Move times towards noise: t -> s t / (1 + (s - 1) t), which keeps 0 and 1 fixed (Wan uses s = 5).
+    """Move times towards noise, where large clips are decided (AnyFlow: s = 5): t -> s t / (1 + (s - 1) t).
 
     t: float or tensor in [0, 1]. shift: s > 0; 1/s undoes s. ValueError for other shifts.
     """
@@ -54,7 +54,7 @@ def time_grid(steps, shift=1.0):
     return grid
 
 def interpolate(x, noise, t):
-    """The state z_t = (1 - t) x + t eps (as x) of the straight path, whose velocity is dz/dt = eps - x."""
+    """The state z_t = (1 - t) x + t eps (as x) on the straight line between them, whose slope is eps - x."""
     t = _expand(as_times(x, t)[0], x)
     return ((1 - t) * x + t * noise).to(x.dtype)
 
@@ -90,7 +90,8 @@ def _expand(t, z):
 
 
 # ---- 2. The flow map and the samplers ----------------------------------------------------------------------
-# An ODE dz/dt = v(z, t) joins data and noise. Its average velocity over [r, t], along the path from z_t, is
+# Many lines pass through one point z at time t. Their mean slope there is v(z, t) = E[eps - x | z_t = z]; the
+# ODE dz/dt = v(z, t) carries noise to data as the lines do. The average of v along its path, over [r, t], is
 #     u(z_t, t, r) = 1/(t - r) * integral_r^t v(z_s, s) ds,      u(z, t, t) = v(z, t),                     (1)
 # so a network that knows u jumps from t to r in one call, over any distance, without discretisation error:
 #     Phi_{r<-t}(z) = z - (t - r) u(z, t, r)                                                               (2)
@@ -134,9 +135,8 @@ def sample(model, noise, steps, *, shift=1.0, guidance=1.0, null=None, average=T
 def _visit(model, z, grid, gamma=0.0, **cond):
     """The states at the times of a falling grid, z at the first of them: one jump, one network call each.
 
-    With gamma, a jump from t goes below r, to s = (1 - gamma) r, and FRESH noise leads up from there, as in
-    Trajectory Consistency Distillation (2402.19159; that of Consistency Trajectory Models, 2310.02279, has
-    s = sqrt(1 - gamma^2) r instead): z_r = a z_s + sqrt(r^2 - a^2 s^2) eps', a = (1 - r)/(1 - s).
+    With gamma, a jump from t goes below r, to s = (1 - gamma) r, and FRESH noise leads back up to r, as in
+    Trajectory Consistency Distillation (2402.19159): z_r = a z_s + sqrt(r^2 - a^2 s^2) eps', a = (1-r)/(1-s).
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma is {gamma}, expected a number in [0, 1]")
@@ -152,9 +152,8 @@ def _visit(model, z, grid, gamma=0.0, **cond):
 
 
 # ---- 3. The teacher: flow matching -------------------------------------------------------------------------
-# Many straight lines pass through one point z at time t. Regression of their slopes eps - x on z_t finds the
-# mean, v(z, t) = E[eps - x | z_t = z], and the ODE dz/dt = v(z, t) carries noise to data as the lines did.
-# The network is asked for u at r = t, so that teacher and student are one architecture.
+# Regression of the slopes eps - x on z_t finds their mean, v. The network is asked for u at r = t, so that
+# teacher and student are one architecture.
 
 def logit_normal_times(x, shift=1.0):
     """Times (B,) of the teacher's training: sigmoid of a normal, so most are mid-way; then shifted."""
@@ -187,9 +186,9 @@ def update_average(average, weights, updates, decay, ramp=True):
 # ---- 4. Stage 1: forward flow-map training -----------------------------------------------------------------
 # Multiply (1) by t - r and differentiate along the path, r held fixed:
 #     u(z_t, t, r) = v(z_t, t) - (t - r) du/dt,     du/dt = d_t u + v . grad_z u                           (3)
-# (MeanFlow, 2505.13447). The network is regressed on the right-hand side, computed with its own present
-# weights and without gradient. Where r = t the second term is gone and (3) is flow matching: half of every
-# batch are such ANCHORS, while the other half learns to JUMP.
+# (MeanFlow, 2505.13447). The target is the right-hand side, computed with the present weights, without
+# gradient. It is linear in v, so eps - x, whose mean given z_t is v, may stand for v. Where r = t, it is flow
+# matching: half of every batch are such ANCHORS, while the other half learns to JUMP.
 
 def time_pairs(batch, shift=1.0, diffusion=0.5, endpoint=0.25, device=None, generator=None):
     """Training times t >= r, each (batch,): the larger and smaller of two uniforms, shifted.
@@ -214,8 +213,8 @@ def central_difference(model, z, v, t, r, eps=0.005, **cond):
     It is the mean of du/dt from t - e to t + e: for a network smooth at that scale the derivative, to O(e^2).
     That of sin(w t) comes out times sin(w e)/(w e): for the fastest sinusoid of Wan's time embedding (w 1000)
     and the published e = 0.005, times -0.19. Forwards are all it needs; a Jacobian-vector product fails in
-    flash and flex attention and FSDP2. t + e and t - e share one call. They stay in [0, 1]: next to 0 and 1
-    the difference is one-sided, to O(e). z should be float32: bfloat16 rounds e v away.
+    flash and flex attention (and FSDP2 up to torch 2.11). t + e and t - e share one call, in [0, 1]: next to
+    0 and 1 the difference is one-sided, to O(e). z should be float32: bfloat16 rounds e v away.
     """
     t, r = as_times(z, t, r)
     later, earlier = (t + eps).clamp(max=1), (t - eps).clamp(min=0)
@@ -238,8 +237,8 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     is g v + (1 - g) v_null, with the student's own v_null, which the dropped prompts train. Of two forms,
         "published"   u = g v + (1 - g) u(z_t, t, r; null) - (t - r) du/dt,   du/dt along v,
         "consistent"  u = v' - (t - r) du/dt, v' = g v + (1 - g) u(z_t, t, t; null), du/dt along v',
-    equal at r = t. Only the second is eq. (3) of the guided ODE, whose flow map is its fixed point; the first
-    mixes in the null prompt's (`python tests/guidance.py`). A teacher guides the second by its null branch.
+    equal at r = t. The fixed point of the second is the guided ODE's flow map; that of the first mixes in the
+    null prompt's (`python tests/guidance.py`). A teacher gives v' of the second with its own null branch.
 
     t, r, noise: drawn by `time_pairs` and from the normal if not given; t - r is one for all frames of a
     sample. weight: a function of t, if not given `time_weight`. balance, anchor_sums: see `_balance`. parts:
@@ -257,19 +256,19 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     gaps = (t - r).reshape(len(x), -1)
     if (gaps - gaps[:, :1]).abs().max() > 1e-5:
         raise ValueError("t - r differs between the frames of a sample, expected one")
-    z, jumps, published = interpolate(x, noise, t), gaps[:, 0] > 0, guidance_form == "published"
-    fused = lambda v, r: v if guidance == 1 else (
-        guidance * v + (1 - guidance) * model(z, t, r, **(cond | _given(null, guidance))))
+    z, jumps = interpolate(x, noise, t), gaps[:, 0] > 0
+    form = guidance_form if guidance != 1 else None
+    guide = lambda v, r: guidance * v + (1 - guidance) * model(z, t, r, **(cond | _given(null, guidance)))
     u = model(z, t, r, **cond)
     with torch.no_grad():
         v = noise - x
-        if not published and (teacher is None or data_anchors):
-            v = fused(v, t)
+        if form == "consistent" and (teacher is None or data_anchors):
+            v = guide(v, t)
         if teacher is not None:
-            of_teacher = guided(teacher, z, t, t, 1 if published else guidance, null, **cond)
+            of_teacher = guided(teacher, z, t, t, guidance if form == "consistent" else 1, null, **cond)
             v = torch.where(_expand(jumps, z) | (not data_anchors), of_teacher, v)
         du = _derivative_of_jumps(model, z, v, t, r, jumps, eps, **cond)
-        target = (fused(v, r) if published else v) - (_expand(t - r, z) * du).to(v.dtype)
+        target = (guide(v, r) if form == "published" else v) - (_expand(t - r, z) * du).to(v.dtype)
 
     error = _squared_error(u, target) / guidance**2  # which keeps the scale of the unguided error
     w = time_weight(t, shift) if weight is None else weight(t)
@@ -298,10 +297,9 @@ def _each_tensor(cond, function):
 def _balance(loss, jumps, sums=None, tiny=1e-5):
     """Losses (B,), each jump's rescaled to the mean of the anchors': l * mean / l, the factor a constant.
 
-    With one time a sample, it cancels the weight of a jump, which is in l too; and since every jump counts as
-    the mean anchor, the logged loss does not tell good jumps from bad ones: `parts` does. It wants samples of
-    many numbers (over the two coordinates of a point, 1/l is noise), and anchors from data, whose variance
-    keeps the mean above zero: a student that starts as its teacher has no error against it.
+    It cancels w(t) of a jump (if a sample has one time). Every jump then logs the same loss: `parts` returns
+    the true errors. It needs samples of many numbers (over a point's two, 1/l is noise) and anchors from
+    data: a student that starts as its teacher has no error against it, and the mean would be 0.
     The mean is over all processes and, with `sums`, a tensor (2,) that is zero at the start of a step, over
     its micro-batches: exact if anchors come first. Without an anchor, nothing is rescaled.
     """
@@ -322,16 +320,17 @@ def sum_over_processes(x):
 
 # ---- 5. Stage 2: on-policy distillation --------------------------------------------------------------------
 # Stage 1 sees states made from data. A student that samples sees its own, with the errors of its earlier
-# jumps in them. So roll it out as it will be used, judge the sample x_hat, and send the gradient back.
-# To differentiate N steps is too dear, but the flow map makes them at most three jumps, however large N is:
-#     noise --(jump)--> z at grid[k] --(the step being trained)--> z at grid[k+1] --(jump)--> x_hat        (4)
+# jumps in them. So let it sample, judge the sample x_hat, and send the gradient back. All N steps would cost
+# too much: only step k is made as it is. One jump stands for those before it, and one for those after it,
+# which lead to the same states if u is exact. The gradient passes through all three:
+#     noise --(jump)--> z at grid[k] --(step k)--> z at grid[k+1] --(jump)--> x_hat                        (4)
 
 def backward_simulation(model, noise, grid, k, **cond):
     """x_hat (as noise) by eq. (4), with gradient through all its calls: at most three, without empty jumps.
 
-    noise: (B, ...) at t = 1. grid: of `time_grid`. k: which of its steps is trained, 0 <= k < steps.
+    noise: (B, ...) at t = 1. grid: of `time_grid`. k: which of its steps is made, 0 <= k < steps.
     """
-    return _visit(model, noise, [*dict.fromkeys([1.0, *_step(grid, k), 0.0])], **cond)[-1]
+    return _visit(model, noise, sorted({1.0, *_step(grid, k), 0.0}, reverse=True), **cond)[-1]
 
 def _step(grid, k):
     if not 0 <= k < len(grid) - 1:
@@ -342,13 +341,13 @@ def dmd_loss(x_hat, judge, fake, *, t=None, noise=None, shift=1.0, guidance=1.0,
              **cond):
     """Distribution matching (DMD, 2311.18828): its gradient moves samples x_hat (B, ...) to the teacher's.
 
-    The gradient of KL(student || teacher) is a difference of two scores, and at time t a score is an affine
-    function of the expected clean sample x0 = z_t - t v(z_t, t). `judge` is the frozen teacher, with
-    guidance; `fake` knows the student's samples. The loss is mean (x_hat - stopgrad(x_hat - grad))^2 with
+    With x0 = z_t - t v(z_t, t), the clean sample that a network expects, KL(student || teacher) at time t has
+    the gradient (1 - t)^2 / t^2 (x0_fake - x0_judge); DMD weighs it as in (5). `judge` is the frozen teacher,
+    with guidance; `fake` knows the student's samples. Loss: mean (x_hat - stopgrad(x_hat - grad))^2,
         grad = (x0_fake - x0_judge) / mean|x_hat - x0_judge|                                               (5)
 
     t, noise: uniform, then shifted, and normal if not given. guidance: as in `guided`; the release's x0_cond
-    + 3 (x0_cond - x0_null) is guidance = 4. per_sample: the mean in (5) is over each sample, as in the paper;
+    + 3 (x0_cond - x0_null) is guidance = 4. per_sample: the mean in (5) is over each sample, as published;
     False: over the batch, for samples of few numbers.
     """
     t = shift_time(torch.rand(len(x_hat), device=x_hat.device), shift) if t is None else t
@@ -370,8 +369,8 @@ def fake_score_loss(fake, x_hat, *, repeats=1, shift=1.0, **cond):
 
     cond: also t and noise, if they are given. repeats: how many of them are drawn for a sample, if not.
     """
-    x_hat, cond = _each_tensor([x_hat.detach(), cond], lambda c: c.repeat_interleave(repeats, 0))
-    return flow_matching_loss(fake, x_hat, shift=shift, **cond)
+    repeat = lambda c: c.repeat_interleave(repeats, 0)
+    return flow_matching_loss(fake, repeat(x_hat.detach()), shift=shift, **_each_tensor(cond, repeat))
 
 def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, fresh=None, dmd_weight=1.0,
                    fake_steps=1):
@@ -382,31 +381,32 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
         data ---------------- eq. (3), the loss of stage 1 ----------------------------------------> student
                                             +--> detached, flow matching --------------------------> fake
 
-    First the student learns; then the fake score, on the judged samples (one rollout serves both, and when it
-    judges next it is one update of the student behind) or, as published, on FRESH ones of the updated
-    student, from a second rollout, without gradient. If the fake score lags, the student follows its error:
-    more fake_steps or a slower student helps. Stage 1's loss keeps all other jumps.
+    First the student learns, then the fake score: on the judged samples (one rollout serves both, but they
+    are one update old) or, as published, on FRESH ones of the updated student (a second rollout, without
+    gradient). If the fake score lags, the student follows its error: take more fake_steps or a slower
+    student. Stage 1's loss keeps the jumps that (4) does not visit.
 
     batches                what each backward pass takes: a batch, or its micro-batches one by one
     fresh(i)               such batches for the i-th update of the fake score; None: those of `batches` again
     stage_1(batch)         the loss of stage 1, a scalar with gradient
-    rollout(batch)         x_hat with gradient, and of_dmd: a dict of `dmd_loss`'s options
-                           of_fake(i): a dict of `fake_score_loss`'s options in the i-th update
-                           cond: what judge and fake score are given, a dict
+    rollout(batch)         four: x_hat with gradient; a dict of `dmd_loss`'s options; a function, of i, for
+                           one of `fake_score_loss`'s options in the i-th update; and a dict, cond, of what
+                           judge and fake score are given
     backward(name, loss)   adds the gradients of a loss: "loss" (stage 1), "dmd" or "fake"
     update(name)           takes a step with the gradients of "student" or "fake", and clears them
     """
     judged = []
     for batch in batches:
         backward("loss", stage_1(batch))
-        x_hat, of_dmd, of_fake, cond = rollout(batch)
-        backward("dmd", dmd_weight * dmd_loss(x_hat, judge, fake, **of_dmd, **cond))
-        judged.append((x_hat.detach(), None, of_fake, cond))
+        x_hat, dmd_options, fake_options, cond = rollout(batch)
+        backward("dmd", dmd_weight * dmd_loss(x_hat, judge, fake, **dmd_options, **cond))
+        judged.append((x_hat.detach(), None, fake_options, cond))
     update("student")
 
     for i in range(fake_steps):
-        for x_hat, _, of_fake, cond in map(torch.no_grad()(rollout), fresh(i)) if fresh else judged:
-            backward("fake", fake_score_loss(fake, x_hat, **of_fake(i), **cond))
+        samples = map(torch.no_grad()(rollout), fresh(i)) if fresh else judged
+        for x_hat, _, fake_options, cond in samples:
+            backward("fake", fake_score_loss(fake, x_hat, **fake_options(i), **cond))
         update("fake")
 
 
@@ -423,8 +423,8 @@ def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1
                      weight=None, **cond):
     """|| f(z_t, t) - stopgrad f(z_s, s) ||^2, z_s one midpoint step of the teacher below z_t on its ODE path.
 
-    At s = 0, f(z, 0) = z is exact; from there the truth spreads upwards, step by step. Why midpoints: Heun's
-    step asks for v at s, also near 0, where on data of low dimension v has no limit.
+    f(z, 0) = z is exact; training carries it upwards from s = 0, step by step. Midpoints, not Heun's step:
+    that asks for v at s, also near 0, where on data of low dimension v has no limit.
     steps: how many of them divide [0, 1], evenly before the shift. t: (B,), uniform and shifted if not given.
     weight: a function of t, 1 if not given.
     """
@@ -444,7 +444,7 @@ def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1
     return (error if weight is None else _expand(weight(t), x) * error).mean()
 
 def consistency_simulation(model, noise, grid, k, **cond):
-    """The rollout that (4) replaces, x_hat (as noise): k steps of (6) without gradient, f(z, t) with it."""
+    """The baseline's rollout, in place of (4): k steps of (6) without gradient, then x_hat = f(z, t)."""
     t, _ = _step(grid, k)
     with torch.no_grad():
         z = _visit(model, noise, grid[: k + 1].tolist(), gamma=1.0, **cond)[-1]

@@ -630,7 +630,7 @@ def test_on_policy_step_judges_samples_and_then_teaches_them_to_the_fake_score(n
     student = torch.tensor([[0.5, -0.2], [0.1, 0.8]], dtype=torch.float64, requires_grad=True)
     judge, fake = lambda z, t, r, prompt: z.sin() * prompt, lambda z, t, r, prompt: net(z, t, r)
     batches = [torch.randn(4, 2, dtype=torch.float64) for _ in range(2)]
-    of_dmd = {id(x): dict(t=torch.rand(4).double(), noise=torch.randn(4, 2).double()) for x in batches}
+    dmd_options = {id(x): dict(t=torch.rand(4).double(), noise=torch.randn(4, 2).double()) for x in batches}
     cond = dict(prompt=torch.full((4, 1), 1.5, dtype=torch.float64))
     calls, judged, taught, grads, draws = [], [], [], {}, []
     losses = {name: getattr(anyflow, name) for name in ("dmd_loss", "fake_score_loss")}
@@ -645,11 +645,11 @@ def test_on_policy_step_judges_samples_and_then_teaches_them_to_the_fake_score(n
     spy("dmd_loss", judged, 0), spy("fake_score_loss", taught, 1)
 
     def rollout(x):
-        def of_fake(i):
+        def fake_options(i):
             draws.append(i)
             return dict(t=torch.full((4,), 0.1 + 0.2 * i, dtype=torch.float64), noise=torch.ones_like(x))
 
-        return x @ student, of_dmd[id(x)], of_fake, cond
+        return x @ student, dmd_options[id(x)], fake_options, cond
 
     def backward(name, loss):
         calls.append(name)
@@ -667,7 +667,7 @@ def test_on_policy_step_judges_samples_and_then_teaches_them_to_the_fake_score(n
     assert all(x.requires_grad for x in judged) and not any(x.requires_grad for x in taught)
     assert len(taught) == 6 and all(torch.equal(a, b) for a, b in zip(taught, 3 * judged))
 
-    direct = [losses["dmd_loss"](x @ student, judge, fake, **of_dmd[id(x)], **cond) for x in batches]
+    direct = [losses["dmd_loss"](x @ student, judge, fake, **dmd_options[id(x)], **cond) for x in batches]
     assert torch.allclose(grads["dmd"], 2.5 * torch.autograd.grad(sum(direct), student)[0])
     assert grads["dmd"].abs().min() > 0 and grads["fake"].abs().max() > 0
 

@@ -33,26 +33,10 @@ from toy import plots
 NFE = [1, 2, 4, 8, 16, 32, 64]  # network calls, each a divisor of the next: the grids are nested
 # anyflow-control: as many more steps of stage 1 as stage 2 has; anyflow-gamma: anyflow's network, re-noised
 METHODS = ["teacher", "consistency", "anyflow-forward", "anyflow-control", "anyflow", "anyflow-gamma"]
+
 def gamma_of(calls, c=2.0):
     """The more jumps, the less noise after each. On seeds 10 and 11, c of 0 to 2 are level, 4 and 8 worse."""
     return min(1.0, c / calls)
-
-# Our choices and the paper's, where they differ: those of stage 1, then those of stage 2
-RECIPE = {
-    "velocity": ("teacher", "data"),  # v in stage 1's target
-    # An error at small t lands on the sample, and no later step mends it: so small t weighs more. The paper's
-    # w(t) = t sqrt(1 - t) weighs it less: the data's velocity is noisy there.
-    "weight": (lambda t: 1 / (t + 0.05), None),
-    "balance": (False, True),  # of jumps against anchors: it needs samples of many numbers
-    "ends": (True, False),  # half a batch more learns the jumps to 0 by the baseline's loss
-    "rollout": ([1, 2, 4], [2, 4, 8, 16, 50]),  # of how many steps, stage 2
-    "rate": (3e-4, 8e-5),  # of learning in stage 2: the paper's is a 25th of stage 1's
-    "fake-steps": (3, 1),  # the fake score must keep up with the student
-    "fake-noises": (4, 1),  # of a sample, in each of them
-    "dmd-weight": (4.0, 1.0),
-    "dmd-times": (0.85, 1.0),  # from 0.02 up to: above, the fake score's error outweighs what it has to say
-    "dmd-mean": ("batch", "sample"),  # in eq. (5)
-}
 
 
 # ---- Densities with exact velocities ---------------------------------------------------------------------
@@ -79,7 +63,7 @@ class Mixture:
 
     def velocity(self, z, t, r=None):
         """v(z, t) (B, 2), in the precision of z. It ignores r: it stands where a teacher is asked."""
-        # The mean of E[eps - x] over the components: (E[eps | z] - z) / (1 - t) is 0/0 at t = 1.
+        # The mean over components of E[eps - x]; not (E[eps | z] - z) / (1 - t), which is 0/0 at t = 1.
         t = torch.as_tensor(t, dtype=torch.float64).clamp(1e-6, 1 - 1e-6).expand(len(z))[:, None, None]
         s, d = 1 - t, z.double()[:, None] - (1 - t) * self.centres  # (B, K, 2)
         if self.shape == "gaussian":
@@ -215,6 +199,23 @@ def repeat(stage, steps, one_step):
             bar.set_postfix_str(f"loss {loss:.4f}")
     return time.perf_counter() - start
 
+# Our choices and the paper's, where they differ: those of stage 1, then those of stage 2
+RECIPE = {
+    "velocity": ("teacher", "data"),  # v in stage 1's target
+    # An error at small t lands on the sample, and no later step mends it: so small t weighs more. The paper's
+    # w(t) = t sqrt(1 - t) is almost nothing there.
+    "weight": (lambda t: 1 / (t + 0.05), None),
+    "balance": (False, True),  # of jumps against anchors: it needs samples of many numbers
+    "ends": (True, False),  # half a batch more learns the jumps to 0 by the baseline's loss
+    "rollout": ([1, 2, 4], [2, 4, 8, 16, 50]),  # of how many steps, stage 2
+    "rate": (3e-4, 8e-5),  # of learning in stage 2: the paper's is a 25th of stage 1's
+    "fake-steps": (3, 1),  # the fake score must keep up with the student
+    "fake-noises": (4, 1),  # of a sample, in each of them
+    "dmd-weight": (4.0, 1.0),
+    "dmd-times": (0.85, 1.0),  # t from 0.02 up to this; later the fake score's error exceeds its signal
+    "dmd-mean": ("batch", "sample"),  # in eq. (5)
+}
+
 def train(density, methods, steps, batch, seed, exact_teacher=False, undone=(), given=()):
     """The stages of the paper, in order, but for networks given. Returns {name: network}, {name: seconds}."""
     torch.manual_seed(seed)
@@ -239,6 +240,10 @@ def train(density, methods, steps, batch, seed, exact_teacher=False, undone=(), 
 
         nets[name], seconds[name] = learner.average, repeat(name, learner.steps, one_step)
 
+    fit("teacher", MLP(), lambda model, _: anyflow.flow_matching_loss(model, data()), 3e-3, 2 * steps)
+    trained = nets["teacher"]  # every student starts as the teacher, and learns from its velocity
+    velocity = nets["teacher"] = density.velocity if exact_teacher else trained
+
     def consistency_loss(model, progress, every=1):  # finer teacher steps later: first fast, then exact
         x, weight, finer = data()[::every], lambda t: 1 / (t + 0.05) ** 2, int(10 * 4**progress)
         return anyflow.consistency_loss(model, velocity, x, steps=finer, weight=weight)
@@ -249,9 +254,6 @@ def train(density, methods, steps, batch, seed, exact_teacher=False, undone=(), 
                                      balance=recipe["balance"])
         return loss + consistency_loss(model, progress, every=2) if recipe["ends"] else loss
 
-    fit("teacher", MLP(), lambda model, _: anyflow.flow_matching_loss(model, data()), 3e-3, 2 * steps)
-    trained = nets["teacher"]  # every student starts as the teacher, and learns from its velocity
-    velocity = nets["teacher"] = density.velocity if exact_teacher else trained
     fit("consistency", trained, consistency_loss, 2e-3, steps)
     fit("anyflow-forward", trained, flow_map_loss, 2e-3, steps)
     forward = nets.get("anyflow-forward")
@@ -274,8 +276,8 @@ def on_policy(learners, judge, flow_map_loss, batch, recipe):
         k = random.randrange(len(grid) - 1)
         x_hat = anyflow.backward_simulation(student, torch.randn(batch, 2), grid, k)
         t = 0.02 + (recipe["dmd-times"] - 0.02) * torch.rand(batch)
-        of_dmd = dict(t=t, per_sample=recipe["dmd-mean"] == "sample")
-        return x_hat, of_dmd, lambda i: dict(repeats=recipe["fake-noises"]), {}
+        dmd_options = dict(t=t, per_sample=recipe["dmd-mean"] == "sample")
+        return x_hat, dmd_options, lambda i: dict(repeats=recipe["fake-noises"]), {}
 
     def one_step(i):
         losses = []
