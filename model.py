@@ -125,6 +125,52 @@ PRESETS = {
 }
 
 
+# ---- Groups of tokens, and who sees whom in causal training ----------------------------------------------
+
+@dataclass
+class Group:
+    """Frames that enter the network together."""
+
+    tokens: torch.Tensor  # (B, f n, width)
+    t: torch.Tensor  # (B, f), or (B, 1) for one time in all frames
+    r: torch.Tensor
+    rope: torch.Tensor  # unit complex numbers, (f n, head_dim/2, 2)
+
+    @property
+    def span(self):
+        """How many times there are, and how many tokens share each."""
+        return self.t.shape[1], self.tokens.shape[1] // self.t.shape[1]
+
+# With chunks 0 to 3, of which the last three are in the window (x: the query of that row sees the key):
+#
+#                    keys   past   clean       noisy
+#         queries             0    1  2  3     1  2  3
+#         past      0         x
+#         clean     1         x    x
+#                   2         x    x  x
+#                   3         x    x  x  x
+#         noisy     1         x                x
+#                   2         x    x              x
+#                   3         x    x  x              x
+#
+# Nobody sees a later chunk, and clean tokens never see noise. A noisy token sees the past, CLEAN copies of
+# earlier chunks and the noisy tokens of its own: in the last chunk, just what it sees when sampling. Each row
+# is one attention over the columns that it sees: no pair is computed to be masked.
+
+def rows_of_chunks(chunks, window, full, compressed, clean):
+    """The table above as (lengths, columns): tokens of each row, and a tuple of the columns that it sees.
+
+    chunks: frames of each, the last `window` of them at full resolution. full, compressed: tokens a frame.
+    Without clean copies, noisy tokens see the noisy tokens of earlier chunks.
+    """
+    lengths = [f * compressed for f in chunks[:-window]] + [f * full for f in chunks[-window:]]
+    columns = [tuple(range(i + 1)) for i in range(len(chunks))]
+    if clean:
+        columns += [(*row[:-1], row[-1] + window) for row in columns[-window:]]  # noise in its copy's place
+        lengths += lengths[-window:]
+    return lengths, columns
+
+
 # ---- Parts -----------------------------------------------------------------------------------------------
 
 class Embedder(nn.Module):
@@ -147,7 +193,7 @@ class ConditionEmbedder(nn.Module):
         self.time_embedder = Embedder(config.freq_dim, width, F.silu)
         if config.kind != "teacher":
             self.delta_embedder = Embedder(config.freq_dim, width, F.silu)
-            self.delta_embedder.load_state_dict(self.time_embedder.state_dict())
+            self.delta_embedder.load_state_dict(self.time_embedder.state_dict())  # so e = E_t(t) at r = t
         self.time_proj = nn.Linear(width, 6 * width)
         self.text_embedder = Embedder(config.text_dim, width, gelu)
 
@@ -232,8 +278,8 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
     def forward(self, x, *inputs, checkpointing="none"):
-        """`compute`, and what of it the backward pass recomputes: "none", all ("full"), or all but
-        self-attention ("selective"). A compiled block holds its checkpoint, where the compiler sees both."""
+        """`compute`, of which the backward pass recomputes nothing ("none"), all ("full"), or all but
+        self-attention ("selective"). The checkpoint is inside the block: both are compiled together."""
         if checkpointing == "none":
             return self.compute(x, *inputs)
         policy = dict(context_fn=keep_self_attention) if checkpointing == "selective" else {}
@@ -247,9 +293,10 @@ class Block(nn.Module):
         None; two arguments, because a checkpoint never frees a tuple's tensors. rows: who sees whom, by
         `rows_of_chunks`, or None: all see all. blank: how many keys and values of zero come last.
         """
-        m = (self.scale_shift_table + modulation.float()).unbind(2)  # shift, scale, gate; shift, scale, gate
+        modulation = (self.scale_shift_table + modulation.float()).unbind(2)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
 
-        h = modulate(x, m[0], m[1], spans, self.eps)
+        h = modulate(x, shift, scale, spans, self.eps)
         k, v = self.attn1.key_value(h)
         k = rotate(k, rope)
         made = (k, v) if keep else None
@@ -257,14 +304,14 @@ class Block(nn.Module):
             k, v = torch.cat([k_past, k], 1), torch.cat([v_past, v], 1)
         if blank:
             k, v = (F.pad(y, (0, 0, 0, 0, 0, blank)) for y in (k, v))
-        x = gated(x, self.attn1.attend(rotate(self.attn1.query(h), rope), k, v, rows), m[2], spans)
+        x = gated(x, self.attn1.attend(rotate(self.attn1.query(h), rope), k, v, rows), gate, spans)
         del h, k, v
 
         h = self.norm2(x)
         text = self.attn2.key_value(text) if torch.is_tensor(text) else text
         x = x + self.attn2.attend(self.attn2.query(h), *text)
 
-        x = gated(x, self.ffn(modulate(x, m[3], m[4], spans, self.eps)), m[5], spans)
+        x = gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, spans, self.eps)), ffn_gate, spans)
         return (x, made) if keep else x
 
 def modulate(x, shift, scale, spans, eps):
@@ -301,7 +348,7 @@ def rotate(x, rope):
     return turned.flatten(-2).to(x.dtype)
 
 def rope_axis(dim, start, count, cell, device):
-    """Unit complex numbers (count, dim/2) of one axis; a patch of `cell` positions has their normed mean."""
+    """Unit complex numbers (count, dim/2) of one axis; a patch of `cell` positions: their mean, length 1."""
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
     positions = torch.arange(start * cell, (start + count) * cell, device=device, dtype=torch.float64)
     angles = positions[:, None] * frequencies
@@ -309,52 +356,7 @@ def rope_axis(dim, start, count, cell, device):
     return (turns / turns.abs()).to(torch.complex64)
 
 
-# ---- Who sees whom in causal training ----------------------------------------------------------------------
-# With chunks 0 to 3, of which the last three are in the window (x: the query of that row sees the key):
-#
-#                    keys   past   clean       noisy
-#         queries             0    1  2  3     1  2  3
-#         past      0         x
-#         clean     1         x    x
-#                   2         x    x  x
-#                   3         x    x  x  x
-#         noisy     1         x                x
-#                   2         x    x              x
-#                   3         x    x  x              x
-#
-# Nobody sees a later chunk. A noisy token sees the past, CLEAN copies of earlier chunks and the noisy tokens
-# of its own chunk: the last chunk's what it will see when sampling. A clean token never sees noise. Each
-# row is one attention over the columns that it sees: no pair is computed to be masked.
-
-def rows_of_chunks(chunks, window, full, compressed, clean):
-    """The table above as (lengths, columns): tokens of each row, and a tuple of the columns that it sees.
-
-    chunks: frames of each, the last `window` of them at full resolution. full, compressed: tokens a frame.
-    Without clean copies, noisy tokens see the noisy tokens of earlier chunks.
-    """
-    lengths = [f * compressed for f in chunks[:-window]] + [f * full for f in chunks[-window:]]
-    columns = [tuple(range(i + 1)) for i in range(len(chunks))]
-    if clean:
-        columns += [(*row[:-1], row[-1] + window) for row in columns[-window:]]  # noise in its copy's place
-        lengths += lengths[-window:]
-    return lengths, columns
-
-
 # ---- The network -----------------------------------------------------------------------------------------
-
-@dataclass
-class Group:
-    """Frames that enter the network together."""
-
-    tokens: torch.Tensor  # (B, f n, width)
-    t: torch.Tensor  # (B, f), or (B, 1) for one time in all frames
-    r: torch.Tensor
-    rope: torch.Tensor  # unit complex numbers, (f n, head_dim/2, 2)
-
-    @property
-    def span(self):
-        """How many times there are, and how many tokens share each."""
-        return self.t.shape[1], self.tokens.shape[1] // self.t.shape[1]
 
 class Wan(nn.Module):
     """u(z, t, r, text) for videos z (B, F, C, H, W). See `forward` for the three ways to call it."""
@@ -479,16 +481,15 @@ class Wan(nn.Module):
     #     keys and values of    [0][1][2]         [   3   ][   4   ]      and chunk 5 sees all, and itself
     #                           compressed        full resolution
     #
-    # `extend` then lets chunk 3 leave the window. A compressed token sees only compressed tokens up to its
-    # own chunk, so [0][1][2] are final and stay. A token at full resolution sees the compressed past, now a
-    # longer one: keys and values of 3 and 4 are dropped, [3] is added compressed, 4 and 5 encoded in full.
+    # `extend` then lets chunk 3 leave the window. Compressed tokens see only compressed ones, up to their own
+    # chunk, so [0][1][2] are final and stay. Tokens at full resolution see the compressed past, which grows:
+    # keys and values of 3 and 4 are dropped, 3 is encoded again, compressed, then 4 and 5 in full.
 
     def new_cache(self, padding=False):
         """An empty cache for one stream (of any batch size).
 
         padding=True is for equality with the pipeline of diffusers: it pads a chunk to a multiple of 128
-        tokens and masks nothing, so that every query also sees keys and values of zero. At 480 x 832 they are
-        104 of 1,664 keys for a first chunk of one frame, 56 of 6,296 to 17,996 for a later one of three.
+        tokens and masks nothing: queries also see keys of zero, 104 of 1,664 in a first chunk at 480 x 832.
         """
         if self.config.kind != "causal":
             raise ValueError(f"a cache needs a causal model, found kind {self.config.kind!r}")
