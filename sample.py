@@ -44,8 +44,8 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
              padding=False, sampler=None, path=False):
     """Latents (B, F, C, H, W) from noise of that shape in `steps` jumps, of a causal model for each chunk.
 
-    steps: a number, or a tensor of times, as in `anyflow.sample`; of a causal model also a list of these, one
-    for each chunk that is made, the last of which goes on.
+    steps: a number, or a tensor of times, as in `anyflow.sample`; for a causal model also a list of these,
+    one for each chunk to be made, the last one for the rest.
     text: (B, L, text_dim). guidance: for teachers; needs null_text, as text. context: given first frames (B,
     f, C, H, W), returned unchanged. chunks, padding: see `stream`. sampler: one of SAMPLERS; by default
     "euler" for a network of one time, else "flowmap". path: of a bidirectional model, every state, as in
@@ -54,14 +54,14 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
     if model.config.kind == "causal":
         if path:
             raise ValueError("path needs a bidirectional model, found kind 'causal'")
-        given = dict(null_text=null_text, context=context, chunks=chunks, padding=padding, sampler=sampler)
-        return torch.cat([*stream(model, text, noise, steps, shift=shift, guidance=guidance, **given)], 1)
+        more = dict(null_text=null_text, context=context, chunks=chunks, padding=padding, sampler=sampler)
+        return torch.cat([*stream(model, text, noise, steps, shift=shift, guidance=guidance, **more)], 1)
     if chunks is not None:
         raise ValueError(f"chunks need a causal model, found kind {model.config.kind!r}")
     given = given_frames(context, noise)
 
     def held(z, t, r, text):
-        """The model with given frames as they are, at t = 0, with the others' r, as published."""
+        """The model, shown given frames as they are, at t = 0, but with the others' r, as published."""
         z = torch.cat([context.to(z.dtype), z[:, given:]], 1)
         t = torch.where(torch.arange(z.shape[1], device=z.device) < given, 0, t[:, None])
         return model(z, t, r[:, None].expand(z.shape[:2]), text)
@@ -72,18 +72,18 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
             null = dict(text=model.encode_text(null_text))
     run, (steps,) = sampler_of(model, sampler, guidance), steps_of_chunks(steps, 1)
     options = dict(shift=shift, guidance=guidance, null=null, path=path, text=text)
-    made = run(held if given else model, noise, steps, **options)
+    clips = run(held if given else model, noise, steps, **options)
     if given:
-        made[..., :given, :, :, :] = context
-    return made
+        clips[..., :given, :, :, :] = context
+    return clips
 
 def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None,
            padding=False, sampler=None, budget=None):
     """The chunks (B, f, C, H, W) of a causal model one by one, given ones first: arguments as of `generate`.
 
     chunks: frames of each, as many as one likes; not given, the model's own partition as far as noise
-    reaches. padding: see `Wan.new_cache`. budget: seconds on the clock for all chunks. The first takes its
-    `steps`, each later one, up to MOST, what fits into its frames' share of the time left, but one at least.
+    reaches. padding: see `Wan.new_cache`. budget: seconds for all chunks. The first takes its `steps`, each
+    later one as many calls, 1 to MOST, as fit into its frames' share of the time left.
     """
     if model.config.kind != "causal":
         raise ValueError(f"streaming needs a causal model, found kind {model.config.kind!r}")
@@ -124,7 +124,7 @@ def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None
                 model.extend(cache, chunk, prompt)
 
 def steps_of_chunks(steps, chunks):
-    """What `generate` calls steps, as a list with what each of so many chunks takes."""
+    """The `steps` of `generate` as a list, one entry for each of so many chunks."""
     steps = list(steps) if isinstance(steps, (list, tuple)) else [steps]
     if not 1 <= len(steps) <= chunks:
         raise ValueError(f"steps are {len(steps)} numbers for {chunks} chunk(s), expected one each at most")
@@ -231,8 +231,8 @@ def parse(argv):
         parser.error(f"--guidance is {args.guidance}, expected a number of at least 0")
     return args
 
-def told(chunks, calls):
-    """Chunks as they are finished, and a line on each. calls: a list of all network calls so far."""
+def timed(chunks, calls):
+    """Chunks as they are finished, each with a printed line. calls: a list of all network calls so far."""
     start = time.perf_counter()
     for i, chunk in enumerate(chunks, 1):
         tqdm.write(f"chunk {i}: {len(calls)} network calls, {time.perf_counter() - start:.3f} s")
@@ -296,7 +296,7 @@ def run(args):
                     latents = generate(*inputs, null_text=null, context=given, **options)
                 else:
                     chunks = stream(*inputs, null_text=null, context=given, budget=args.budget, **options)
-                    latents = torch.cat([*told(chunks, calls)], 1)
+                    latents = torch.cat([*timed(chunks, calls)], 1)
             finally:
                 counter.remove()
         latents = finite(latents, "latents").float().cpu()

@@ -6,7 +6,7 @@
     python train.py onpolicy    $P --out out/anyflow --init out/forward --teacher out/teacher   # stage 2
     python train.py consistency $P --out out/consistency --init out/teacher                     # the baseline
 
-Read `Recipe` for the numbers, `Clips` for what is special about video, `train` for the loop. A model folder
+Read `train`, the loop, then `Clips`, what is special about video, then `Recipe`, the numbers. A model folder
 is the layout of diffusers, as input and as result. Checkpoints are in OUT/checkpoints; `--resume` goes on
 from the newest, on a CPU bit for bit. Under torchrun the networks are sharded (FSDP2): see full/README.md.
 """
@@ -78,7 +78,7 @@ class Recipe:
     diffusion: float = option(0.5, "share of r = t", **SHARE)
     endpoint: float = option(0.25, "share of r = 0", **SHARE)
     eps: float = option(0.005, "half the step of the central difference", above=0, below=0.5)
-    fastest: float = option(0.0, "radians a unit of time: trained weights see none faster; 0: all", low=0)
+    fastest: float = option(0.0, "the largest w of the sin(w t) that trained weights see; 0: all", low=0)
     bidirectional: float = option(0.1, "causal stages 0, 1: share of steps with a whole clip too", **SHARE)
     # stage 2
     rollout: str = option("flowmap", "consistency: for the baseline", choices=("flowmap", "consistency"))
@@ -138,15 +138,14 @@ def recipe_of(name, stage, changes, processes=1):
 class Clips:
     """All that the loop does not know: which frames and numbers a step takes, how a student is rolled out.
 
-    For other data write a class with four functions and a `device`, and name it in `run_stage`. `batch(step,
-    part, draw)` returns an object with x, noise, cond, null, t, r, t_teacher and t_consistency, as below.
-    `rollout(student, judge, batch)` returns what `anyflow.on_policy_step` says of it; its x_hat may be just a
-    `backward_simulation`, of an N and k that it draws; then `go_back()` passes. `has_whole_clips` is False.
+    For other data write a class with a `device` and these four functions, and name it in `run_stage`:
+    `batch(step, part, draw)` returns an object with x, noise, cond, null, t, r, t_teacher, t_consistency;
+    `rollout(student, judge, batch)` what `anyflow.on_policy_step` asks, x_hat by `backward_simulation` of an
+    N and k that it draws; then `go_back()` does nothing; `has_whole_clips(step)` returns False.
 
-    Every process draws the numbers of the whole batch from a common generator, seeded by the step, and takes
-    its rows, a stride apart: its share of every kind of time pair. The noise of a row has a generator of its
-    own. So a run does not depend on where it was resumed, nor (but for a consistency rollout, which draws
-    from torch's global generator) on how many processes share it.
+    Every process draws the numbers of the whole batch from one generator, seeded by the step, and takes its
+    rows, a stride apart: its share of every kind of time pair. A row's noise has its own generator. So runs
+    do not depend on resuming or (but for a consistency rollout: torch's generator) on how many share them.
     """
 
     def __init__(self, data, recipe, config, shape, device, seed, place=(0, 1), chunks_a_step=None):
@@ -219,19 +218,19 @@ class Clips:
         x_hat = self.chunk_by_chunk(student, simulate, batch, chunks, judged)
         cond = dict(text=batch.text) | (dict(clean=x_hat.detach(), chunks=chunks) if causal_judge else {})
 
-        def of_fake(i):
+        def fake_options(i):
             common = generator(self.seed, batch.number, 1 + i)
             t = anyflow.shift_time(torch.randn(size, generator=common).sigmoid(), recipe.shift)
             return dict(t=batch.here(t), noise=batch.noise_of(2 + i)[:, frames])
 
-        of_dmd = dict(t=t, noise=batch.noise_of(1)[:, frames], guidance=recipe.dmd_guidance, null=batch.null)
-        return x_hat[:, frames], of_dmd, of_fake, cond
+        dmd_options = dict(t=t, noise=batch.noise_of(1)[:, frames], guidance=recipe.dmd_guidance)
+        return x_hat[:, frames], dmd_options | dict(null=batch.null), fake_options, cond
 
     def chunk_by_chunk(self, student, simulate, batch, chunks, judged):
-        """The student's frames, a whole clip as one chunk. A causal one's chunk goes, without gradient, into
-        the cache that the next one sees. So chunks are independent, once their frames are known. The last
-        ones are judged; with `grad_chunks` K only K of them, drawn anew, have a gradient, scaled so that its
-        mean is that of all. With `recompute_rollout` x_hat is a leaf, and `go_back` does the rest."""
+        """The student's frames: a whole clip as one chunk, or causal chunks, all of one grid and k. A chunk
+        enters the next ones' cache without gradient, so none crosses chunks. The last `judged` are judged; of
+        these `grad_chunks` K leaves K, drawn anew, a gradient, scaled so that its mean is that of all. With
+        `recompute_rollout` x_hat is a leaf, and `go_back` carries its gradient on."""
         again, made, calls = self.recipe.recompute_rollout, [], {}
         kept, past = self.recipe.grad_chunks or judged, {"cache": student.new_cache()} if self.causal else {}
         order = len(chunks) - judged + torch.randperm(judged, generator=batch.common)
@@ -253,8 +252,8 @@ class Clips:
         return x_hat if scale == 1 else x_hat.detach() + scale * (x_hat - x_hat.detach())
 
     def go_back(self):
-        """After the backward pass of a loss of x_hat, on through the calls that made it: each again, the last
-        first, in the memory of one. Not within that pass, in which FSDP2 would keep every block gathered."""
+        """The rest of a backward pass that stopped at x_hat: through the calls that made it, last first, each
+        made again, in the memory of one. Within that pass FSDP2 would keep every block gathered."""
         while self.rolled_out:
             student, text, x_hat, made, calls = self.rolled_out.pop()
             for i, of_chunk in calls.items():
@@ -278,7 +277,7 @@ def is_baseline(stage, recipe):
     return stage == "consistency" or (stage == "onpolicy" and recipe.rollout == "consistency")
 
 def loss_from_data(stage, recipe, student, teacher, batch, means, anchor_sums):
-    """The loss that a stage takes from data: stage 2 that of stage 1, its baseline that of consistency."""
+    """The loss of a stage on data: stage 2 takes stage 1's; with consistency rollouts, consistency's."""
     if stage == "teacher":
         drawn = dict(t=batch.t_teacher, noise=batch.noise)
         return anyflow.flow_matching_loss(student, batch.x, **drawn, **batch.cond)

@@ -211,8 +211,8 @@ class Run:
 
     @torch.no_grad()
     def export(self, folder, start, recipe):
-        """The averaged weights as a folder that diffusers opens, and beside them the LoRA, by one process; the
-        others need not wait. start(): the network before training."""
+        """The averaged weights as a folder that diffusers opens, and beside them the LoRA, by one process,
+        for which no other waits. start(): the network before training."""
         average = {}
         for name, p in self.average.items():  # one by one, off the GPU, which may not hold them all
             p = whole(p)

@@ -13,8 +13,7 @@ def find(name, revision=None):
     try:
         import huggingface_hub
     except ImportError:
-        raise ValueError(f"no folder {name}; to look on the hub needs huggingface_hub, which comes with"
-                         " diffusers") from None
+        raise ValueError(f"no folder {name}; the hub needs huggingface_hub, which diffusers brings") from None
     parts = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
         return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=parts))

@@ -37,10 +37,10 @@ BUDGETS = {"2 on every chunk": 2, "6 on the first, 1 on the others": [6, 1], "4 
 STREAM = (1, *[2] * 10)  # frames of the chunks of a long stream
 SHIFT = 2.0  # of the sampling grid, as in training
 
-# Every run of `train.py`, as one would type it; the name of a run stands for its folder. The causal teacher
-# is first: it learns motion from clean past frames. A bidirectional one from random weights moved its objects
-# left for right in half of its clips after 5,000 steps. The causal one also judges the causal student: a
-# bidirectional one sees whole clips, but makes worse ones.
+# Every run of `train.py`, as one would type it; a run's name stands for its folder. The causal teacher comes
+# first: clean past frames teach it motion, where a bidirectional one from random weights moved objects left
+# for right in half of its clips after 5,000 steps. It also judges the causal student: the bidirectional one
+# sees whole clips, but makes worse ones.
 STORY = {
     "causal-teacher": "teacher --preset tiny-causal",
     "bidirectional-teacher": "teacher --preset tiny --init causal-teacher --steps 6000",

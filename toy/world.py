@@ -234,9 +234,9 @@ def enlarge(clips, times=12):
 #     log odds of a star    d(m) = log q/(1-q) + s (1-m) Z - s^2 (1-m) (3/2 (1-m) + m 1.c)
 #     log likelihood, relative to that of no object, sum over the pixels under the mask of
 #                           m s C - 6 s^2 m^2 + log[(1 + e^d(m)) / (1 + e^d(0))]
-# What is left is a posterior over p, in two dimensions and of a width of some t / 30 pixels: cells of a grid,
-# each divided in four while it may hold something and is wide. Half a deviation is narrow enough; a smooth
-# posterior would do with one, but coverage has kinks.
+# What is left is a posterior over p, some t / 30 pixels wide in both dimensions. It is summed over the cells
+# of a grid; a cell that matters and is too wide is divided in four. Half a deviation is narrow enough; a
+# smooth posterior would do with one, but coverage has kinks.
 
 CELL, NARROW = 0.125, 0.65  # of the first grid, in pixels; of the last one, in deviations
 STARTS = torch.stack(torch.meshgrid(*2 * [(torch.arange(SIZE / CELL) + 0.5) * CELL], indexing="xy"), -1)
