@@ -368,7 +368,7 @@ class Wan(nn.Module):
         if config.kind == "causal":
             size = config.compressed_patch_size
             self.far_patch_embedding = nn.Conv3d(config.in_channels, width, size, size)
-            larger = files.compressed_patches(self.patch_embedding.state_dict(), size)
+            larger = files.compressed_patches(self.patch_embedding.state_dict(), size)  # interpolated
             self.far_patch_embedding.load_state_dict(larger)
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
