@@ -7,6 +7,7 @@ import hashlib
 import html
 import importlib
 import importlib.util
+import itertools
 import json
 import logging
 import re
@@ -206,14 +207,12 @@ def read_video(path, frames, height, width, fps=FPS):
     optional("imageio_ffmpeg", "a video file")
     read, used = [], None
     try:
-        own = imageio.immeta(path, plugin="FFMPEG", extension=".mp4")["fps"]
-        wanted = [int(i * own / fps + 0.5) for i in range(frames)]  # some twice, if the file's rate is lower
-        for i, frame in enumerate(imageio.imiter(path, plugin="FFMPEG", extension=".mp4")):
-            if i in wanted[len(read) :]:
-                picture, used = crop_and_resize(frame, height, width)
-                read += [picture] * wanted.count(i)
-            if len(read) == frames:
-                break
+        # By the frames' own times, which need not be even, and of pixels that need not be square.
+        filters = ["-vf", f"fps={fps}:round=near,scale=iw*sar:ih"]
+        options = dict(plugin="FFMPEG", extension=".mp4", output_params=filters)
+        for frame in itertools.islice(imageio.imiter(path, **options), frames):
+            picture, used = crop_and_resize(frame, height, width)
+            read.append(picture)
     except (OSError, RuntimeError, KeyError, ZeroDivisionError) as error:
         raise ValueError(f"{path} is no video that ffmpeg can read: {reason(error)}") from None
     if len(read) < frames:
@@ -287,7 +286,7 @@ def read_prompts(path):
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--prompts {path} has no prompt, expected one in each line")
-    if not re.match(r"\[?\s*\{", text):
+    if not re.match(r"\[\s*[{\"]|\{", text):
         return [(line, line) for line in lines]
     parse = lambda _: json.loads(text) if text[0] == "[" else [json.loads(line) for line in lines]
     rows = read_text(Path(path), parse, "is no JSON")

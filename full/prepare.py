@@ -126,7 +126,7 @@ def run(args):
     vae = VAE(init, device)
     clips, bad = prepare(args.videos, folder, shape, config.text_dim, encode, vae, negative,
                          args.clips_per_shard, rank, world)
-    print(f"{clips} clips in {folder}" + (f"; {bad} bad files are in the manifest" if bad else ""))
+    print(f"{clips} clips by process {rank} in {folder}{f'; {bad} bad files in the manifest' if bad else ''}")
     if bad and not clips and world == 1:  # other processes may have better ones
         raise ValueError(f"none of the {bad} videos in {args.videos} could be used")
 

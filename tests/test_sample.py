@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,6 +192,27 @@ def test_a_video_is_read_at_the_rate_asked_for(tmp_path):
     assert cut == "48 x 48 of 80 x 48" and torch.equal(square, every[:3, :, :, 16:64])
 
 
+@pytest.mark.parametrize("kept", ["mod(n,7)", "lt(t,2)+not(mod(n,2))"])
+def test_a_video_of_uneven_times_is_read_by_these(kept, tmp_path):
+    """Thirty frames a second, of which some were left out, as by phones: brightness tells the time."""
+    pytest.importorskip("imageio.v3")
+    ffmpeg, file = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe(), tmp_path / "a.mp4"
+    source = ["-f", "lavfi", "-i", "nullsrc=s=64x48:r=30:d=5,geq=lum='20+40*T':cb=128:cr=128"]
+    look = ["-vf", f"select='{kept}'", "-fps_mode", "vfr", "-pix_fmt", "yuv420p", "-crf", "1", file]
+    subprocess.run([ffmpeg, "-loglevel", "error", *source, *look], check=True)
+    video, _ = read_video(file, 72, 48, 64)
+    luma = 16 + 219 * video.mean((1, 2, 3))
+    assert ((luma - 20) / 40 - torch.arange(72) / 16).abs().max() < 0.1
+
+
+def test_pixels_that_are_not_square_are_shown_as_they_look(tmp_path):
+    movie(tmp_path / "a.mp4", frames=4, height=48, width=80, fps=16)
+    ffmpeg = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
+    wide = [ffmpeg, "-loglevel", "error", "-i", tmp_path / "a.mp4", "-vf", "setsar=2", tmp_path / "b.mp4"]
+    subprocess.run(wide, check=True)
+    assert read_video(tmp_path / "b.mp4", 3, 48, 80)[1] == "80 x 48 of 160 x 48"
+
+
 ROWS = [{"prompt_en": "a cat", "aug_prompt_en": "a very small cat"}, {"prompt_en": "b", "aug_prompt_en": "c"}]
 
 
@@ -244,6 +266,8 @@ BAD = {
         "--prompts", write(t / "p.json", json.dumps({"prompt_en": "a cat"})), "--out", t / "o"],
     "a column of numbers|prompt 2: prompt_en is 3, expected text": lambda f, t: [
         "--prompts", write(t / "p", json.dumps([ROWS[0], ROWS[1] | {"prompt_en": 3}])), "--out", t / "o"],
+    "a list of texts|prompt 1 holds str, expected an object": lambda f, t: [
+        "--prompts", write(t / "p", '["a cat", "a dog"]'), "--out", t / "o"],
     "half a list|is no JSON": lambda f, t: ["--prompts", write(t / "p", '[{"prompt_en": '), "--out", t / "o"],
     "no negative|no file": lambda f, t: ["--negative", f"@{t / 'n'}", "--out", t / "a.gif"],
     "no VAE|has no vae": lambda f, t: (shutil.rmtree(f / "vae"), ["--out", t / "a.gif"])[1],
