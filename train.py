@@ -53,7 +53,7 @@ SHARE = dict(low=0, high=1)
 class Recipe:
     """The numbers of a run, each an option. Defaults: the published stage 1 of Wan 1.3B (2605.13724)."""
 
-    steps: int = option(6000, "updates of the student", low=1)
+    steps: int = option(6000, "updates of the student", low=1, high=9999999)
     batch: int = option(32, "clips a step, over all processes and micro-batches", low=1)
     accumulate: int = option(1, "micro-batches a step", low=1)
     lr: float = option(5e-5, "learning rate of AdamW", above=0)

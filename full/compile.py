@@ -18,7 +18,7 @@ ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for 
     "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]
 
 def keep_attention(context, op, q=None, k=None, *args, **kwargs):
-    """Keep self-attention, which has at least as many keys as queries; recompute the rest."""
+    """Keep self-attention, which has at least as many keys as queries (and so may a short clip's text)."""
     to_itself = op in ATTENTION and q.shape[2] <= k.shape[2]
     return CheckpointPolicy.MUST_SAVE if to_itself else CheckpointPolicy.PREFER_RECOMPUTE
 

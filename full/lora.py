@@ -108,11 +108,10 @@ def unmerge(net, base, rank, stored, device="cpu"):
             continue
         difference = p.detach().to(device, torch.float32) - q.to(device, torch.float32)
         up, down = stored.get(name) or agreed(low_rank(difference, rank))
-        # As exactly as the weights are stored.
-        coarse = max(torch.finfo(x.dtype).eps for x in (p, q))
+        rounding = torch.finfo(p.dtype).eps / 3  # of the stored weights, at most (RMS, relative)
         fits = up.shape[1] <= rank and up.shape[0] == len(p) and down.shape[1] == p.shape[1]
         left = (difference - up.to(device).float() @ down.to(device).float()).norm() if fits else math.inf
-        if left <= max(coarse / 2, 1e-6) * p.norm().item():
+        if left <= max(rounding, 1e-6) * p.norm().item():
             starts[name], linear.weight.data = (up.cpu(), down.cpu()), q
         else:
             whole += 1

@@ -96,6 +96,8 @@ def mesh_of_nodes(kind):
     if not dist.is_initialized():
         return None
     world, node = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world % node:
+        raise ValueError(f"there are {world} processes, expected as many on each node, {node}")
     if world > node:
         return init_device_mesh(kind, (world // node, node), mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(kind, (world,))

@@ -30,7 +30,7 @@ from full import checkpoint, folders, lora, plan, prepare
 from full.data import Shards, preset
 from full.files import WEIGHTS, provenance
 from full.options import check, expected, option
-from full.parallel import adapt, assemble, start_processes, trained
+from full.parallel import adapt, assemble, mesh_of_nodes, start_processes, trained
 from full.pixels import read_video
 from model import Wan
 from toy.video import write_shards
@@ -461,6 +461,29 @@ def test_one_base_is_held_once(story, adapted):
         own = dict(nets[name].named_parameters())
         assert all(torch.equal(own[f"{key}.lora_up"], up) for key, (up, _) in stored.items())
         assert any("time_embedder" in key for key in stored) == (name == "student")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [4, 48])
+def test_changes_as_small_as_rounding_of_a_bfloat16_base_are_a_lora_only_at_its_rank(rank, dtype):
+    config = replace(preset("tiny")[0], num_layers=1)
+    base, net = Wan(config).bfloat16(), Wan(config)
+    net.load_state_dict(base.state_dict())
+    linears = lora.adapted(net)
+    for linear in linears.values():
+        p = linear.weight.data
+        change = torch.randn(len(p), rank) @ torch.randn(rank, p.shape[1])
+        p += 0.0037 * p.norm() / change.norm() * change
+    starts, whole = lora.unmerge(net.to(dtype), base.state_dict(), 4, {})
+    assert (len(starts), whole) == ((len(linears), 0) if rank == 4 else (0, len(linears)))
+
+
+def test_nodes_of_unequal_size_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match="there are 3 processes, expected as many on each node, 2"):
+        mesh_of_nodes("cpu")
 
 
 def test_networks_that_are_no_lora_or_have_lost_it(story, adapted, capfd, tmp_path):
