@@ -48,7 +48,7 @@ def time_grid(steps, shift=1.0):
     """
     if isinstance(steps, int) and steps >= 1:
         return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
-    grid = torch.tensor(()) if isinstance(steps, (int, float, str)) else torch.as_tensor(steps).double()
+    grid = torch.as_tensor(() if isinstance(steps, (int, float, str)) else steps, dtype=torch.float64)
     if grid.ndim != 1 or len(grid) < 2 or grid[0] != 1 or grid[-1] != 0 or not (grid.diff() < 0).all():
         raise ValueError(f"steps is {steps}, expected an integer of at least 1, or times from 1 down to 0")
     return grid
@@ -434,12 +434,12 @@ def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1
     noise = torch.randn_like(x) if noise is None else noise
     (t,) = as_times(x, t)
     s = shift_time((shift_time(t, 1 / shift) - 1 / steps).clamp(min=0), shift)
-    z = interpolate(x, noise, t)
+    z, middle = interpolate(x, noise, t), (t + s) / 2
+    step = lambda v, r: (z - _expand(t - r, z) * v).to(z.dtype)
     with torch.no_grad():
         v = guided(teacher, z, t, t, guidance, null, **cond)
-        middle = (t + s) / 2
-        v = guided(teacher, z - _expand(t - middle, z) * v, middle, middle, guidance, null, **cond)
-        target = jump(model, z - _expand(t - s, z) * v, s, 0.0, **cond)
+        v = guided(teacher, step(v, middle), middle, middle, guidance, null, **cond)
+        target = jump(model, step(v, s), s, 0.0, **cond)
     error = _squared_error(jump(model, z, t, 0.0, **cond), target)
     return (error if weight is None else _expand(weight(t), x) * error).mean()
 

@@ -826,6 +826,176 @@ def test_the_same_seed_gives_the_same_losses(net):
     assert run() == run()
 
 
+# what is drawn, asked and forwarded
+
+
+def test_grids_are_exact_in_float64_for_every_number_of_steps():
+    for steps in (3, 7, 50):
+        wanted = torch.tensor([1 - i / steps for i in range(steps + 1)], dtype=torch.float64)
+        assert torch.allclose(anyflow.time_grid(steps), wanted, rtol=0, atol=1e-15)
+
+
+def test_a_bfloat16_state_keeps_its_type_and_its_times():
+    """0.999 is 1 in bfloat16, and a time that the network would never see."""
+    x, seen = torch.ones(3, 2).bfloat16(), []
+    assert anyflow.interpolate(x, -x, 0.3).dtype == torch.bfloat16
+    anyflow.jump(lambda z, t, r: seen.append((t, r)) or z, x, 0.999, 0.001)
+    assert all(torch.equal(time, torch.full((3,), value)) for time, value in zip(seen[0], (0.999, 0.001)))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_a_jump_with_gamma_ends_at_its_share_of_the_way_below_r(net, gamma):
+    """At s = (1 - gamma) r for every r of the grid, from the t where the one before was brought back to."""
+    calls, grid = [], anyflow.time_grid(4, 2.0)
+    spy = lambda z, t, r: calls.append(torch.stack([t[0], r[0]])) or net(z, t, r)
+    anyflow.sample(spy, torch.randn(3, 2, dtype=torch.float64), 4, shift=2.0, gamma=gamma)
+    assert torch.allclose(torch.stack(calls, 1), torch.stack([grid[:-1], (1 - gamma) * grid[1:]]))
+
+
+SHIFT = 5.0
+DRAWN = {  # loss with drawn times, on a network: what the first call's t was before the shift
+    "normal logit": lambda net, x: anyflow.flow_matching_loss(net, x, shift=SHIFT),
+    "normal logit of the fake score": lambda net, x: anyflow.fake_score_loss(net, x, shift=SHIFT),
+    "uniform of DMD": lambda net, x: anyflow.dmd_loss(x, net, net, shift=SHIFT),
+    "uniform of consistency": lambda net, x: anyflow.consistency_loss(net, net, x, shift=SHIFT),
+    "pair": lambda net, x: anyflow.flow_map_loss(net, x, shift=SHIFT, balance=False),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_times_that_are_not_given_are_drawn_as_stated_and_then_shifted(kind):
+    """Undo the shift: logits of mean 0, std 1; uniforms of mean 1/2, std 1/sqrt 12; of two the larger."""
+    times, n = [], 20_000
+    spy = lambda z, t, r: times.append(t) or z
+    DRAWN[kind](spy, torch.randn(n, 2, dtype=torch.float64))
+    t = anyflow.shift_time(times[0], 1 / SHIFT)
+    t, mean, std = {"normal": (t.logit(), 0, 1), "uniform": (t, 1 / 2, 12**-0.5),
+                    "pair": (t, 2 / 3, 18**-0.5)}[kind.split()[0]]
+    assert abs(t.mean() - mean) < 4 * std / n**0.5 and abs(t.std() / std - 1) < 0.03
+
+
+def test_time_pairs_are_the_larger_and_the_smaller_of_two_shifted_uniforms():
+    pair = torch.stack(anyflow.time_pairs(20_000, SHIFT, diffusion=0.0, endpoint=0.0)).double()
+    t, r = anyflow.shift_time(pair, 1 / SHIFT)
+    for moment, wanted in ((t, 2 / 3), (r, 1 / 3), (t * r, 1 / 4), (t.square(), 1 / 2), (r.square(), 1 / 6)):
+        assert moment.mean().item() == pytest.approx(wanted, abs=0.01)
+
+
+def test_networks_get_states_of_the_type_of_the_data():
+    """In bfloat16 every call of a loss, and of its central difference, is one in bfloat16."""
+    def strict(z, t, r):
+        assert z.dtype == torch.bfloat16 and t.dtype == r.dtype == torch.float32
+        return z
+
+    x = torch.randn(8, 2).bfloat16()
+    for loss in (anyflow.flow_matching_loss, anyflow.flow_map_loss, anyflow.fake_score_loss):
+        loss(strict, x)
+    anyflow.dmd_loss(x, strict, strict)
+
+
+def test_fused_guidance_is_the_published_one_if_no_form_is_named():
+    x, noise = torch.randn(2, 8, 2, dtype=torch.float64)
+    options = dict(t=0.8, r=0.3, noise=noise, guidance=3.0, prompt=x[:, :1], null=dict(prompt=0 * x[:, :1]))
+    loss = lambda **form: anyflow.flow_map_loss(prompted, x, balance=False, **options, **form).item()
+    assert loss() == loss(guidance_form="published") != loss(guidance_form="consistent")
+
+
+@pytest.mark.parametrize("data_anchors", [False, True])
+@pytest.mark.parametrize("form", anyflow.GUIDANCE_FORMS)
+def test_fused_guidance_with_a_teacher(form, data_anchors):
+    """A student that says its prompt everywhere, so du/dt is 0: the target is the guided velocity, with the
+    student's own null branch, but in the consistent form with the teacher's, which is asked at r = t."""
+    x, noise = torch.randn(2, 8, 3, dtype=torch.float64)
+    t = torch.linspace(0.1, 0.8, 8, dtype=torch.float64)
+    r, g = torch.where(torch.arange(8) % 2 == 0, t, t / 3), 3.0
+    prompt, null = torch.randn(2, 8, 3, dtype=torch.float64)
+    teacher = lambda z, t, r, prompt: z.sin() * prompt + t[:, None] - 2 * r[:, None]
+    z = anyflow.interpolate(x, noise, t)
+    of_teacher, of_null = teacher(z, t, t, prompt), teacher(z, t, t, null)
+    guided = g * of_teacher + (1 - g) * (of_null if form == "consistent" else null)
+    if data_anchors:
+        guided = torch.where((t == r)[:, None], g * (noise - x) + (1 - g) * null, guided)
+    _, error, _ = anyflow.flow_map_loss(
+        lambda z, t, r, prompt: prompt, x, t=t, r=r, noise=noise, teacher=teacher, data_anchors=data_anchors,
+        guidance=g, guidance_form=form, prompt=prompt, null=dict(prompt=null), parts=True)
+    assert torch.allclose(error, ((prompt - guided) / g).square().mean(1))
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_samples_own():
+    """Each sample with its prompt, also where only those with r < t have a derivative."""
+    x, noise, prompt = torch.randn(3, 6, 2, dtype=torch.float64)
+    t = torch.linspace(0.2, 0.9, 6, dtype=torch.float64)
+    r = torch.where(torch.arange(6) % 2 == 0, t, t / 2)
+    model = lambda z, t, r, prompt: z.sin() * (1 + t[:, None] ** 2) * prompt
+    loss = lambda i: anyflow.flow_map_loss(model, x[i], t=t[i], r=r[i], noise=noise[i], prompt=prompt[i],
+                                           balance=False)
+    alone = torch.stack([loss(slice(i, i + 1)) for i in range(6)])
+    assert torch.allclose(loss(slice(6)), alone.mean())
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_the_gradient_of_dmd_is_the_difference_of_clean_samples_over_a_mean_distance(per_sample):
+    """Eq. (5), with a guided judge that says v and a null prompt's v - 1, so x0 moves by -t (g - 1)."""
+    x_hat, noise, v, fake = torch.randn(4, 5, 2, dtype=torch.float64)
+    t, g = torch.linspace(0.1, 0.9, 5, dtype=torch.float64), 3.0
+    judge = lambda z, t, r, prompt: v - (t - r)[:, None] - prompt
+    prompt, null = torch.zeros(5, 1), dict(prompt=torch.ones(5, 1))
+    x_hat.requires_grad_()
+    says = lambda z, t, r, prompt: fake - (t - r)[:, None]
+    loss = anyflow.dmd_loss(x_hat, judge, says, t=t, noise=noise, guidance=g, null=null, prompt=prompt,
+                            per_sample=per_sample)
+    found = torch.autograd.grad(loss, x_hat)[0] * x_hat.numel() / 2
+    z = anyflow.interpolate(x_hat.detach(), noise, t)
+    x0_judge = z - t[:, None] * (v + g - 1)
+    distance = (x_hat.detach() - x0_judge).abs()
+    distance = distance.mean(1, keepdim=True) if per_sample else distance.mean()
+    assert torch.allclose(found * distance, z - t[:, None] * fake - x0_judge)
+
+
+def test_a_sample_that_the_judge_expects_to_the_bit_gets_no_gradient():
+    x_hat, still = torch.randn(4, 2, requires_grad=True), lambda z, t, r: 0 * z
+    anyflow.dmd_loss(x_hat, still, still, noise=x_hat.detach(), t=0.5).backward()
+    assert (x_hat.grad == 0).all()
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_consistency_compares_with_a_stopped_jump_from_the_guided_teachers_midpoint_step(steps):
+    """Of dz/dt = k z, k of guidance, the midpoint step over h is the series of exp(-k h) to second order; the
+    student says knob z, so f(z, t) = (1 - knob t) z, and only that at t has a gradient."""
+    x, noise = torch.randn(2, 5, 2, dtype=torch.float64)
+    tau, knob = torch.tensor([0.05, 0.2, 0.5, 0.8, 1.0]).double(), torch.tensor(0.7, requires_grad=True)
+    t, s = (anyflow.shift_time(time, 3.0)[:, None] for time in (tau, (tau - 1 / steps).clamp(min=0)))
+    teacher = lambda z, t, r, prompt: prompt * z + (t - r)[:, None]
+    student = lambda z, t, r, prompt: knob * z
+    k, weight = -0.2 + 3.0 * (0.5 + 0.2), lambda t: 1 + t
+    loss = anyflow.consistency_loss(
+        student, teacher, x, t=t[:, 0], noise=noise, shift=3.0, steps=steps, guidance=3.0, weight=weight,
+        prompt=torch.full((5, 1), 0.5), null=dict(prompt=torch.full((5, 1), -0.2)))
+    z = anyflow.interpolate(x, noise, t[:, 0])
+    z_s = z * (1 - k * (t - s) + (k * (t - s)) ** 2 / 2)
+    error = (1 - knob.item() * t) * z - (1 - knob.item() * s) * z_s
+    assert loss.item() == pytest.approx((weight(t) * error.square()).mean().item(), rel=1e-6)
+    wanted = (weight(t) * 2 * error * -t * z).mean().item()
+    assert torch.autograd.grad(loss, knob)[0].item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_best_grid_asks_with_the_prompt_and_keeps_no_graph(net):
+    calls = []
+
+    def model(z, t, r, prompt):
+        calls.append(torch.is_grad_enabled())
+        return net(z, t, r) + prompt
+
+    anyflow.best_grid(model, torch.randn(3, 2, dtype=torch.float64), [1, 2], prompt=torch.ones(3, 2))
+    assert len(calls) == 993 and not any(calls)
+
+
+def test_one_distance_for_all_frames_is_meant_to_five_digits():
+    t, r = torch.ones(2, 2), torch.tensor([[0.5, 0.499]]).expand(2, 2)
+    with pytest.raises(ValueError, match="t - r differs"):
+        anyflow.flow_map_loss(video_net, torch.zeros(2, 2), t=t, r=r)
+
+
 # bad input
 
 

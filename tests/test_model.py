@@ -1,5 +1,6 @@
 """model.py and sample.py against diffusers: live where it is installed, by its stored answers everywhere."""
 
+import collections
 import copy
 import itertools
 import json
@@ -14,7 +15,9 @@ import pytest
 import torch
 from reference import CASES, config_of, draw, ours, theirs, weights
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import anyflow
 import model as M
 import sample
 from full.compile import lean
@@ -567,7 +570,154 @@ def test_new_keys_are_checked(tmp_path):
     assert Wan.from_pretrained(tmp_path, "causal", chunk_partition=[1, 1]).config.chunk_partition == (1, 1)
 
 
+@pytest.mark.parametrize("size", [(1, 4, 3), (1, 3, 4), (2, 4, 4)])
+def test_compressed_patches_are_whole_patches(size):
+    with pytest.raises(ValueError, match="expected"):
+        WanConfig(kind="causal", patch_size=(1, 2, 2), compressed_patch_size=size)
+
+
+def test_a_new_student_has_the_embedding_of_t_alone_where_r_equals_t():
+    """Its second time embedder starts as the first: whatever the gate, e = E_t(t)."""
+    t = torch.rand(2, 3)
+    embedder = Wan(replace(PRESETS["tiny"], num_layers=1, gate_value=0.6)).condition_embedder
+    e, _ = embedder.times(t, t)
+    assert torch.allclose(e, embedder.time_embedder(embedder.sinusoid(t)), atol=1e-6)
+
+
+def test_norms_and_modulations_of_bfloat16_are_those_of_float32_rounded_once():
+    x, y = torch.randn(2, 2, 12, 24).bfloat16()
+    shift, scale = torch.randn(2, 2, 5, 24)
+    norm, spans = M.Norm(24, 1e-6), [(2, 3), (3, 2)]
+    for function in (norm, lambda x: M.modulate(x, shift, scale, spans, 1e-6),
+                     lambda x: M.gated(x, y, shift, spans), lambda x: M.gated(y, x, scale, spans)):
+        assert torch.equal(function(x), function(x.float()).bfloat16())
+    small = 1e-3 * torch.randn(2, 5, 24)  # where eps counts
+    assert torch.allclose(norm(small), torch.nn.functional.layer_norm(small, (24,), eps=1e-6))
+
+
+def test_compressed_patches_of_a_new_model_see_what_its_patches_see():
+    student = Wan(replace(PRESETS["tiny"], kind="causal", num_layers=1))
+    small, large = student.patch_embedding, student.far_patch_embedding
+    flat = torch.ones(1, 3, 1, 8, 8)
+    one, four = (embedding(flat)[0, :, 0, 0, 0] - embedding.bias for embedding in (small, large))
+    assert torch.allclose(four, 4 * one, atol=1e-4) and torch.equal(small.bias, large.bias)
+
+
+def test_a_chunk_of_128_tokens_is_padded_by_none():
+    model, text = build(num_layers=1), draw("text", 1, 5, 12)
+    z = draw("z", 1, 1, 4, 16, 32)  # 8 x 16 tokens
+    padded, plain = (model(z, 0.7, 0.2, text, cache=model.new_cache(padding)) for padding in (True, False))
+    assert torch.equal(padded, plain)
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 4), (1, 4, 2)])
+def test_patches_that_are_no_squares_go_back_to_where_they_came_from(patch):
+    """A network that says its last bias alone, a number for each place in a patch: a pattern that repeats."""
+    _, p, q = patch
+    model = build("anyflow", num_layers=1, patch_size=patch)
+    torch.nn.init.zeros_(model.proj_out.weight), model.proj_out.bias.data.copy_(torch.arange(4.0 * p * q))
+    u = model(draw("z", 1, 2, 4, 8, 12), 0.7, 0.2, draw("text", 1, 5, 12))
+    pattern = torch.arange(4.0 * p * q).reshape(p, q, 4).permute(2, 0, 1)
+    assert torch.equal(u[0, 1], pattern.repeat(1, 8 // p, 12 // q))
+
+
+@pytest.mark.parametrize("patch", [(1, 6, 2), (1, 2, 6), (1, 6, 6)])
+def test_a_patch_of_an_odd_number_of_patches_is_where_its_middle_one_is(patch):
+    """The mean of unit numbers at even angles has the direction of the middle one."""
+    _, p, q = patch
+    model = build(num_layers=1)
+    small, large = (model._rope(2, 3, 24 // size[1], 24 // size[2], size).unflatten(0, (3, 24 // size[1], -1))
+                    for size in ((1, 2, 2), patch))
+    assert torch.allclose(large, small[:, p // 4 :: p // 2, q // 4 :: q // 2], atol=1e-6)
+
+
+class Count(TorchDispatchMode):
+    """How often each operator runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls[op.overloadpacket._qualified_op_name.split("::")[1]] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def test_checkpointing_recomputes_blocks_whole_or_but_for_self_attention():
+    """A block's two attentions run once, of two with "selective" one again, with "full" both."""
+    model, runs, linears = build("anyflow"), {}, {}
+    for model.checkpointing in ("none", "selective", "full"):
+        with Count() as counted:
+            model(draw("z", 1, 5, 4, 8, 12), 0.7, 0.2, draw("text", 1, 5, 12)).sum().backward()
+        runs[model.checkpointing] = counted.calls["_scaled_dot_product_flash_attention_for_cpu"]
+        linears[model.checkpointing] = counted.calls["addmm"]
+    n = len(model.blocks)
+    assert runs == {"none": 2 * n, "selective": 3 * n, "full": 4 * n}
+    assert linears["none"] < linears["selective"] == linears["full"]
+
+
+@pytest.mark.parametrize("kind", ["anyflow", "causal"])
+def test_no_student_becomes_a_teacher(kind, tmp_path):
+    build(kind).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"kind is 'teacher' for .* of kind {kind}, expected a student's"):
+        Wan.from_pretrained(tmp_path, "teacher")
+
+
+def test_what_a_folder_says_of_itself_is_kept_and_only_what_it_lacks_is_taken(tmp_path):
+    build("anyflow", gate_value=0.6).save_pretrained(tmp_path)
+    config = Wan.from_pretrained(tmp_path, "causal", gate_value=0.1, full_chunk_limit=2).config
+    assert (config.gate_value, config.full_chunk_limit) == (0.6, 2)
+
+
+def test_a_folder_opens_in_the_precision_asked_for(tmp_path):
+    build("anyflow").save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert {p.dtype for p in Wan.from_pretrained(tmp_path, dtype=dtype).parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("kind", ["anyflow", "causal"])
+def test_guidance_of_zero_makes_the_clip_of_the_null_prompt(kind):
+    model, noise = build(kind), draw("noise", 1, 5, 4, 8, 12)
+    text, null = draw("text", 1, 5, 12), draw("null", 1, 5, 12)
+    clip = sample.generate(model, text, noise, 2, guidance=0.0, null_text=null)
+    assert torch.allclose(clip, sample.generate(model, null, noise, 2), atol=1e-5)
+
+
+def test_a_budget_counts_what_a_call_costs_for_a_frame(monkeypatch):
+    """Calls and ways into the cache of a second a frame, chunks of two frames: the first takes 4 x 2 and 2 of
+    30 seconds, 5 a frame are left for four frames, and 6 for the last two; two a frame go to the cache."""
+    model, calls, spent = build(num_layers=1), [[]], [0.0]
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: sum(spent))
+    model.register_forward_hook(lambda *_: calls[-1].append(1) or spent.append(2.0))
+    extend = model.extend
+    monkeypatch.setattr(model, "extend", lambda *inputs: (
+        calls.append([]), spent.append(2.0), extend(*inputs))[2])
+    text, noise = draw("text", 1, 5, 12), draw("z", 1, 6, 4, 8, 12)
+    list(sample.stream(model, text, noise, 4, chunks=(2, 2, 2), budget=30.0))
+    assert [len(made) for made in calls] == [4, 3, 4] and sum(spent) <= 30
+
+
+def test_samplers_are_those_of_anyflow_by_name():
+    model, text, noise = build("anyflow"), draw("text", 1, 5, 12), draw("noise", 1, 3, 4, 8, 12)
+    by_name = {"euler": lambda *args, **cond: anyflow.sample(*args, average=False, **cond),
+               "flowmap": anyflow.sample, "consistency": anyflow.consistency_sample}
+    assert by_name.keys() == sample.SAMPLERS.keys()
+    for name, function in by_name.items():
+        torch.manual_seed(1)
+        wanted = function(model, noise, 3, shift=5.0, text=text)
+        torch.manual_seed(1)
+        assert torch.allclose(sample.generate(model, text, noise, 3, sampler=name), wanted, atol=1e-5), name
+
+
+def test_only_stage_two_is_sampled_as_its_rollout():
+    found = [sample.sampler_of_stage(stage, "consistency") for stage in ("teacher", "flowmap", "onpolicy")]
+    assert found == ["euler", None, "consistency"]
+
+
 BAD_CALLS = {
+    "text has a batch of 1, expected 2": lambda m, z, x: m(torch.cat([z, z]), 0.5, 0.1, x),
+    "clean is \\(2, 3, 4, 8, 12\\)": lambda m, z, x: m(
+        z, 0.5, 0.1, x, clean=torch.cat([z, z]), chunks=(1, 2)),
     "steps are 3 numbers for 2 chunk": lambda m, z, x: sample.generate(m, x, z, [1, 2, 3], chunks=(1, 2)),
     "steps are 0 numbers": lambda m, z, x: sample.generate(m, x, z, [], chunks=(1, 2)),
     "steps are 2 numbers for 1 chunk": lambda m, z, x: sample.generate(build("anyflow"), x, z, [1, 2]),

@@ -1,5 +1,6 @@
 """Prompts and pixels: sample.py against the published pipelines on small random folders, and on bad input."""
 
+import itertools
 import json
 import math
 import shutil
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import sample
 from full.hub import find
 from full.pixels import TextEncoder, clips_of, read_video, save
+from toy.world import embed, parse_prompt
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 17
 SIZE = ["--frames", str(FRAMES), "--height", str(HEIGHT), "--width", str(WIDTH), "--steps", "2"]
@@ -259,6 +261,52 @@ def test_names_that_are_no_folders_are_looked_for_on_the_hub(tmp_path, monkeypat
         with pytest.raises(SystemExit, match=f"no folder {name}") as refusal:
             run("--model", name)
         assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("named, wanted", [("euler", "euler"), (None, "consistency")])
+def test_options_of_the_command_line_reach_the_sampler(named, wanted, monkeypatch, tmp_path):
+    """The sampler is the folder's own if none is named. A seed is one noise, drawn channels first as the
+    published pipelines draw it."""
+    asked = {}
+
+    def generate(model, text, noise, steps, **options):
+        asked.update(options, text=text, noise=noise, steps=steps)
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr(sample, "sampler_of_folder", lambda folder: "consistency")
+    said = ["a fast blue cross moving up", "a slow red disc moving left"]
+    given = ["--times", "1", "0.25", "0", "--shift", "3", "--guidance", "2", "--chunks", "1", "4", "4"]
+    given += ["--padding", "--seed", "5", "--prompt", said[0], "--negative", said[1]]
+    given += ["--sampler", named] if named else []
+    with pytest.raises(SystemExit, match="stop here"):
+        sample.main([*given, "--out", str(tmp_path / "a.gif")])
+    prompts = [embed(torch.tensor([parse_prompt(words)])) for words in said]
+    assert torch.equal(asked["text"], prompts[0]) and torch.equal(asked["null_text"], prompts[1])
+    assert torch.equal(asked["steps"], torch.tensor([1, 0.25, 0], dtype=torch.float64))
+    noise = torch.randn(1, 3, 9, 12, 12, generator=torch.Generator().manual_seed(5)).transpose(1, 2)
+    assert torch.equal(asked["noise"], noise)
+    names = ("shift", "guidance", "chunks", "padding", "sampler", "context")
+    assert [asked[name] for name in names] == [3.0, 2.0, [1, 4, 4], True, wanted, None]
+
+
+def test_every_clip_of_the_command_line_has_its_prompt_and_its_seed(monkeypatch, tmp_path):
+    """Noise of SEED + i, and torch's generator there, for samplers that draw more; and the budget."""
+    asked, said = [], ["a fast blue cross moving up", "a slow red disc moving left"]
+
+    def stream(model, text, noise, steps, *, budget, **options):
+        asked.append((text, noise, torch.initial_seed(), budget))
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(sample, "stream", stream)
+    with pytest.raises(SystemExit, match="4 of 4 clips failed"):
+        sample.main(["--prompt", *said, "--per-prompt", "2", "--seed", "5", "--budget", "20",
+                     "--out", str(tmp_path)])
+    clips = itertools.product(said, (5, 6))
+    for (text, noise, seed, budget), (words, wanted) in zip(asked, clips, strict=True):
+        fresh = torch.randn(1, 3, 9, 12, 12, generator=torch.Generator().manual_seed(wanted)).transpose(1, 2)
+        assert torch.equal(text, embed(torch.tensor([parse_prompt(words)]))) and torch.equal(noise, fresh)
+        assert (seed, budget) == (wanted, 20)
 
 
 BAD = {

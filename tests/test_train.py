@@ -960,6 +960,7 @@ def test_exact_teacher_takes_the_place_of_teacher_and_judge(story, tmp_path):
         "--out", tmp_path / "anyflow")
     assert provenance(tmp_path / "anyflow")["exact_teacher"]
     causal = ["flowmap", "--init", story["causal-teacher"], "--preset", "tiny-causal"]
-    for more in (["flowmap", "--target", "data", "--init", story["teacher"]], causal, ["teacher"]):
+    plain = ["flowmap", "--init", story["teacher"]]
+    for more in ([*plain, "--target", "data"], [*plain, "--drop", "0.1"], causal, ["teacher"]):
         said = refused(more[0], *exact, *more[1:], "--out", tmp_path / "x")
         assert "--exact-teacher needs a world" in said
