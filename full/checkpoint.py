@@ -7,6 +7,7 @@ import signal
 import sys
 import zlib
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -211,8 +212,9 @@ class Run:
 
     @torch.no_grad()
     def export(self, folder, start, recipe):
-        """The averaged weights as a folder that diffusers opens, and beside them the LoRA, by one process,
-        for which no other waits. start(): the network before training."""
+        """The averaged weights as a folder that diffusers opens, and beside them the LoRA, by one process.
+        All wait for it, up to two hours. start(): the network before training."""
+        group = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if dist.is_initialized() else None
         average = {}
         for name, p in self.average.items():  # one by one, off the GPU, which may not hold them all
             p = whole(p)
@@ -225,3 +227,4 @@ class Run:
             if recipe.lora:
                 save_adapter(student, folder)
             write_json(folder / "anyflow.json", self.settings)
+        wait_for_all(group)

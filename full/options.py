@@ -88,17 +88,14 @@ def from_text(f, text):
     except (ValueError, KeyError):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected(f)}") from None
 
-def positive(text):
-    """An integer of at least 1, of a command line."""
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
+def integer(text, low, below, words):
+    if not (text.isascii() and text.isdigit() and low <= int(text) < below):
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer {words}")
     return int(text)
 
-def seed_value(text):
-    """An integer that every generator here takes, of a command line."""
-    if not (text.isascii() and text.isdigit() and int(text) < 2**32):
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer from 0 to 2^32 - 1")
-    return int(text)
+# Of a command line; a seed is what every generator here takes.
+positive = functools.partial(integer, low=1, below=2**63, words="of at least 1")
+seed_value = functools.partial(integer, low=0, below=2**32, words="from 0 to 2^32 - 1")
 
 def nonempty(text):
     """Of a file, a folder or a world, on a command line."""

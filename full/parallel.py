@@ -45,9 +45,9 @@ def place():
 def main_process():
     return place()[0] == 0
 
-def wait_for_all():
+def wait_for_all(group=None):
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group)
 
 def local(x):
     """This process's part of a tensor."""
