@@ -38,7 +38,7 @@ def shift_time(t, shift):
     t: float or tensor in [0, 1]. shift: s > 0; 1/s undoes s. ValueError for other shifts.
     """
     if not 0 < shift < torch.inf:
-        raise ValueError(f"shift is {shift}, expected a number above 0")
+        raise ValueError(f"shift is {shift}, expected a finite number above 0")
     return shift * t / (1 - t + shift * t)  # exactly 1 at t = 1, which 1 + (s - 1) t would miss by rounding
 
 def time_grid(steps, shift=1.0):

@@ -537,7 +537,7 @@ class Wan(nn.Module):
         if z.shape[3] % p or z.shape[4] % q:
             raise ValueError(f"height and width are {tuple(z.shape[3:])}, expected multiples of {p} x {q}")
         if cache is not None and cache.shape not in (None, (len(z), *z.shape[2:])):
-            raise ValueError(f"a chunk is {tuple(z.shape)}, expected {cache.shape}, and frames, as the cache")
+            raise ValueError(f"a chunk is {tuple(z.shape)}, expected (B, C, H, W) of the cache {cache.shape}")
         batch = len(text if torch.is_tensor(text) else text[0][0])
         if clean is not None and (len(clean), *clean.shape[2:]) != (len(z), *z.shape[2:]):
             raise ValueError(f"clean is {tuple(clean.shape)}, expected {tuple(z.shape)} but for the frames")
@@ -560,7 +560,7 @@ class Wan(nn.Module):
             raise ValueError(f"no model folder at {folder}")
         if not (folder / "config.json").exists() and (folder / "transformer" / "config.json").exists():
             folder = folder / "transformer"
-        if folder.with_name("transformer_2").is_dir():
+        if folder.name == "transformer" and folder.with_name("transformer_2").is_dir():
             raise ValueError(f"{folder.parent} has two networks, transformer and transformer_2, expected one")
         config = WanConfig.from_dict(files.read_json(folder / "config.json"), str(folder / "config.json"))
         state = files.read_weights(folder, config.num_layers)

@@ -283,7 +283,7 @@ def run(args):
         if given is None and args.given:
             given = world.true_frames(made.get("data"), prompt, args.given, seed)
         text, null, given = (x if x is None else x.to(device, dtype) for x in (text, null, given))
-        null = null if null is None else null.expand_as(text)
+        null = null if null is None else null.expand(*text.shape[:1], -1, -1)
         # As the published pipelines draw it, on the CPU: a seed gives one noise there and on every device.
         size = *text.shape[:1], shape[1], shape[0], *shape[2:]
         noise = torch.randn(size, generator=torch.Generator().manual_seed(seed)).transpose(1, 2)

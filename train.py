@@ -223,8 +223,8 @@ class Clips:
             t = anyflow.shift_time(torch.randn(size, generator=common).sigmoid(), recipe.shift)
             return dict(t=batch.here(t), noise=batch.noise_of(2 + i)[:, frames])
 
-        dmd_options = dict(t=t, noise=batch.noise_of(1)[:, frames], guidance=recipe.dmd_guidance)
-        return x_hat[:, frames], dmd_options | dict(null=batch.null), fake_options, cond
+        options = dict(t=t, noise=batch.noise_of(1)[:, frames], guidance=recipe.dmd_guidance, null=batch.null)
+        return x_hat[:, frames], options, fake_options, cond
 
     def chunk_by_chunk(self, student, simulate, batch, chunks, judged):
         """The student's frames: a whole clip as one chunk, or causal chunks, all of one grid and k. A chunk

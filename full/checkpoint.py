@@ -214,7 +214,8 @@ class Run:
     def export(self, folder, start, recipe):
         """The averaged weights as a folder that diffusers opens, and beside them the LoRA, by one process.
         All wait for it, up to two hours. start(): the network before training."""
-        group = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if dist.is_initialized() else None
+        group = dist.new_group(timeout=timedelta(hours=2)) if dist.is_initialized() else None
+        wait_for_all(group)  # which connects it: to connect waits ten minutes at most
         average = {}
         for name, p in self.average.items():  # one by one, off the GPU, which may not hold them all
             p = whole(p)

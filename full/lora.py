@@ -21,8 +21,7 @@ class LoRALinear(nn.Linear):
 
     @classmethod
     def wrap(cls, linear, rank, start=None):
-        """start: (up (outputs, r), down (r, inputs)), r <= rank. What it leaves starts as in PEFT, with
-        up @ down = 0."""
+        """start: (up (outputs, r), down (r, inputs)), r <= rank. The rest starts at 0, as in PEFT."""
         linear.__class__ = cls
         linear.requires_grad_(False)
         outputs, inputs = linear.weight.shape

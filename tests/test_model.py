@@ -510,7 +510,7 @@ def test_a_cache_refuses_chunks_of_another_size():
         z, text = draw("z", *size), draw("text", size[0], 5, 12)
         for call in (lambda z=z, text=text: model(z, 0.5, 0.1, text, cache=cache),
                      lambda z=z, text=text: model.extend(cache, z, text)):
-            with pytest.raises(ValueError, match=r"expected \(2, 4, 8, 12\), and frames, as the cache"):
+            with pytest.raises(ValueError, match=r"of the cache \(2, 4, 8, 12\)"):
                 call()
 
 
@@ -560,6 +560,14 @@ def test_two_networks_in_a_folder_are_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "transformer"):
         with pytest.raises(ValueError, match="two networks, transformer and transformer_2"):
             Wan.from_pretrained(folder)
+
+
+def test_a_folder_opens_from_within_and_beside_another_of_any_name(tmp_path, monkeypatch):
+    for name in ("mine", "transformer_2"):
+        build("teacher").save_pretrained(tmp_path / name)
+        assert Wan.from_pretrained(tmp_path / name).config.kind == "teacher"
+    monkeypatch.chdir(tmp_path / "mine")
+    Wan.from_pretrained(".")
 
 
 def test_new_keys_are_checked(tmp_path):

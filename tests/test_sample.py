@@ -290,6 +290,17 @@ def test_options_of_the_command_line_reach_the_sampler(named, wanted, monkeypatc
     assert [asked[name] for name in names] == [3.0, 2.0, [1, 4, 4], True, wanted, None]
 
 
+def test_a_null_prompt_of_one_row_and_another_length_serves_a_batch_of_embeddings(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(sample, "generate", lambda *inputs, **options: asked.update(options) or 1 / 0)
+    texts = {"text": torch.randn(2, 4, 32), "null_text": torch.randn(1, 3, 32)}
+    save_file(texts, tmp_path / "text.safetensors")
+    with pytest.raises(SystemExit, match="division by zero"):
+        sample.main(["--text", str(tmp_path / "text.safetensors"), "--guidance", "2",
+                     "--out", str(tmp_path / "a.safetensors")])
+    assert asked["null_text"].shape == (2, 3, 32)
+
+
 def test_every_clip_of_the_command_line_has_its_prompt_and_its_seed(monkeypatch, tmp_path):
     """Noise of SEED + i, and torch's generator there, for samplers that draw more; and the budget."""
     asked, said = [], ["a fast blue cross moving up", "a slow red disc moving left"]
