@@ -170,6 +170,13 @@ def test_the_same_seed_gives_the_same_results(tmp_path, brief):
     assert swd(one) == swd(two) != swd(other)
 
 
+def test_the_teachers_own_ode_is_followed_exactly(tmp_path, brief):
+    """That of the exact teacher ends in the density, that of one of six steps hardly leaves the noise."""
+    exact, young = run(tmp_path / "1", "--exact-teacher"), run(tmp_path / "2")
+    assert exact["floor_teacher"] == pytest.approx(exact["floor_ode"], rel=1e-3)
+    assert young["floor_teacher"] > 5 * young["floor_ode"]
+
+
 def test_a_run_leaves_results_figures_and_networks(tmp_path, monkeypatch):
     monkeypatch.setattr(flow2d, "Ruler", COARSE)
     monkeypatch.setattr(plots, "jumping", partial(plots.jumping, frames=3, hold=0))

@@ -517,7 +517,7 @@ NAMES = "results.json", "explore.html", "null.safetensors"
 def write_briefly(name, folder, monkeypatch):
     """The sentence with which the toy's command ends that writes a file of that name, without its work."""
     scores = {key: 7 * [0.5] for key in ("swd", "path_error", "budget_drift")}
-    ruler = SimpleNamespace(floor=0.1, floor_ode=0.1, measure=lambda *_: (scores, None, None))
+    ruler = SimpleNamespace(floor=0.1, floor_ode=0.1, of_ode=lambda _: 0.1, measure=lambda *_: (scores, 0, 0))
     monkeypatch.setattr(flow2d, "trained_seeds", lambda *_: [({"teacher": None}, {"teacher": 1.0}, ruler)])
     monkeypatch.setattr(flow2d.plots, "decide", lambda _: [])
     monkeypatch.setattr(page, "trained", lambda *_: {})

@@ -87,17 +87,18 @@ class Mixture:
         area = lambda z: z.clamp(min=0).square() / (8 * a * b)
         return (area(z + a + b) - area(z + a - b) - area(z - a + b) + area(z - a - b)).mean(0)
 
-    def flow(self, z, grid, substeps=2):
-        """Exact ODE states at the times of a fine falling grid, from z: (len(grid), B, 2). RK4, float64."""
-        states = [z.double()]
+    def flow(self, z, grid, substeps=2, velocity=None):
+        """ODE states at the times of a fine falling grid, (len(grid), B, 2), by RK4 in float64; also of
+        another velocity(z, t)."""
+        v, states = velocity or self.velocity, [z.double()]
         for start, stop in zip(grid[:-1], grid[1:]):
             y, h = states[-1], (stop - start) / substeps
             for i in range(substeps):
                 t = start + i * h
-                k1 = self.velocity(y, t)
-                k2 = self.velocity(y + h / 2 * k1, t + h / 2)
-                k3 = self.velocity(y + h / 2 * k2, t + h / 2)
-                k4 = self.velocity(y + h * k3, t + h)
+                k1 = v(y, t)
+                k2 = v(y + h / 2 * k1, t + h / 2)
+                k3 = v(y + h / 2 * k2, t + h / 2)
+                k4 = v(y + h * k3, t + h)
                 y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
             states.append(y)
         return torch.stack(states)
@@ -307,7 +308,7 @@ class Ruler:
         sobol = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
         uniform = sobol.draw(fresh * points, dtype=torch.float64)
         self.noise = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).float()
-        self.points, self.data = points, density.sample(points)
+        self.density, self.points, self.data = density, points, density.sample(points)
         self.exact = density.flow(self.noise[:traced], anyflow.time_grid(NFE[-1])).float()  # (65, traced, 2)
         angles = (torch.arange(64) + 0.5) / 64 * math.pi
         self.directions = torch.stack([angles.cos(), angles.sin()])
@@ -316,8 +317,7 @@ class Ruler:
         # What a perfect method scores: with fresh noise, random points of the density, as many as such a
         # sampler gets, mean of four draws; without, the exact ODE from the Sobol noise.
         self.floor = statistics.mean(self.swd(density.sample(fresh * points)) for _ in range(4))
-        grid = anyflow.time_grid(16) ** 2  # finer towards 0: to 1e-4 what the 64 steps above give
-        self.floor_ode = self.swd(density.flow(self.noise[:points], grid, substeps=1)[-1].float())
+        self.floor_ode = self.of_ode(density.velocity)
 
     def swd(self, x):
         """Sliced 2-Wasserstein distance of points (n, 2) to the density, mean of 64 directions."""
@@ -326,6 +326,11 @@ class Ruler:
             self.quantiles[len(x)] = np.float32([np.interp(share, row, self.line) for row in self.cdf])
         along = np.sort((x @ self.directions).T.numpy())
         return float(np.sqrt(np.square(along - self.quantiles[len(x)]).mean(1)).mean())
+
+    def of_ode(self, velocity):
+        """Distance of the samples of dz/dt = velocity(z, t), followed exactly: RK4, finer towards 0."""
+        grid = anyflow.time_grid(16) ** 2  # to 1e-4 what 64 even steps give
+        return self.swd(self.density.flow(self.noise[: self.points], grid, 1, velocity)[-1].float())
 
     def sample(self, net, n, points, gamma, **options):
         """Samples (points, 2) in n calls, and what the traced points visit, (n + 1, traced, 2)."""
@@ -439,8 +444,9 @@ def run(args):
             entry["train_seconds"] = statistics.median(seconds[name])  # of this stage alone
             if name in ("anyflow-forward", "anyflow"):
                 results["best_times"].setdefault(name, []).append(ruler.best_times(net))
-        floors.append((ruler.floor, ruler.floor_ode))
-        results["floor"], results["floor_ode"] = map(statistics.median, zip(*floors))
+        learnt = lambda z, t, net=nets["teacher"]: net(z.float(), *2 * [t.float()[None]]).double()
+        floors.append((ruler.floor, ruler.floor_ode, ruler.of_ode(learnt)))
+        results |= zip(("floor", "floor_ode", "floor_teacher"), map(statistics.median, zip(*floors)))
         results["claims"] = plots.decide(results)
         results["seconds"] = time.perf_counter() - start
         write_json(args.out / "results.json", results)
