@@ -242,8 +242,8 @@ def timed(chunks, calls):
 
 def run(args):
     """All of the command line's clips. Raises ValueError; OSError and RuntimeError where it cannot go on."""
-    args.model, args.parts = find(args.model, args.revision), args.parts and find(args.parts)
-    args.negative = text_of(args.negative)
+    args.model, args.negative = find(args.model, args.revision), text_of(args.negative)
+    args.parts = args.parts and find(args.parts, ignore="transformer/*")
     steps = anyflow.time_grid(args.times) if args.times else args.steps
     device, made = device_of(args.device), provenance(args.model)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))

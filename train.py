@@ -423,8 +423,8 @@ def run_stage(args):
     recipe = recipe_of(args.preset, args.stage, given(args), int(os.environ.get("WORLD_SIZE", 1)))
     data = open_data(args, shape, config.text_dim)
     device = start_processes(args.device, recipe.dtype)
-    for key in FOLDERS:
-        setattr(args, key, str(find(getattr(args, key)).resolve()) if getattr(args, key) else None)
+    for key, name in [(key, getattr(args, key)) for key in FOLDERS]:
+        setattr(args, key, str(find(name, ignore="text_encoder/*").resolve()) if name else None)
     torch.manual_seed(args.seed)  # for new weights, and those of LoRA
     if main_process():
         hold(args.out, *(getattr(args, key) for key in FOLDERS), args.data)

@@ -50,8 +50,7 @@ class Reader(dcp.FileSystemReader):
 
 def checksums(folder):
     """{name: CRC-32} of the files in a folder, each read by one of the processes, known to all."""
-    rank, world = place()
-    mine = {}
+    (rank, world), mine = place(), {}
     names = [sorted(path.name for path in folder.iterdir() if path.name != "checksums.json")]
     if dist.is_initialized():
         dist.broadcast_object_list(names, 0)  # another node's listing may be an older one
@@ -107,8 +106,8 @@ class Run:
 
     def save(self):
         """Write beside, rename, then drop all but the newest two. FloatingPointError for what is spoiled."""
-        finite = [local(p).isfinite().all() for part in self.trained.values() for p in part.values()]
-        finite += [local(p).isfinite().all() for p in self.average.values()]
+        parts = *self.trained.values(), self.average
+        finite = [local(p).isfinite().all() for part in parts for p in part.values()]
         if anyflow.sum_over_processes((~torch.stack(finite)).sum().float()):
             raise FloatingPointError(f"step {self.step}: weights are not finite after it; {self.newest()}")
         name = f"step-{self.step:07d}"

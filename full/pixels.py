@@ -228,12 +228,10 @@ def check_writer():
         raise ValueError(f"an MP4 file needs ffmpeg: {reason(error)}; --out FILE.gif does without") from None
 
 def write_mp4(pixels, path, fps):
-    import imageio.v3 as imageio
-    import imageio_ffmpeg
-
+    imageio, ffmpeg = (optional(module, "an MP4 file") for module in ("imageio.v3", "imageio_ffmpeg"))
     imageio.imwrite(path, pixels, plugin="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=2)
     try:  # imageio does not ask whether ffmpeg could
-        whole = imageio_ffmpeg.count_frames_and_secs(str(path))[0] == len(pixels)
+        whole = ffmpeg.count_frames_and_secs(str(path))[0] == len(pixels)
     except RuntimeError:
         whole = False
     if not whole:

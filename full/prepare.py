@@ -112,7 +112,7 @@ def run(args):
     (config, shape), folder = preset(args.preset), args.data
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = device_of(args.device)
-    init, negative = find(args.init), text_of(args.negative)
+    init, negative = find(args.init, ignore="transformer/*"), text_of(args.negative)
     settings = {"videos": str(args.videos.resolve()), "init": str(init.resolve()), "shape": list(shape)}
     settings["negative"] = negative
     if rank == 0:

@@ -1,5 +1,6 @@
 """Prompts and pixels: sample.py against the published pipelines on small random folders, and on bad input."""
 
+import importlib
 import itertools
 import json
 import math
@@ -244,8 +245,8 @@ def test_names_that_are_no_folders_are_looked_for_on_the_hub(tmp_path, monkeypat
     """AUTHOR/MODEL with its revision; a folder of that name comes first; no network or package: told."""
     hub = SimpleNamespace(asked=[])
 
-    def download(name, revision, allow_patterns):
-        hub.asked.append((name, revision))
+    def download(name, revision, allow_patterns, ignore_patterns):
+        hub.asked.append((name, revision, ignore_patterns))
         if "none" in name:
             raise OSError("cannot reach the hub\nmore of it")
         return str(tmp_path / "cache")
@@ -255,12 +256,29 @@ def test_names_that_are_no_folders_are_looked_for_on_the_hub(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nvidia" / "here").mkdir(parents=True)
     assert find("nvidia/here") == Path("nvidia/here") and find("/no/folder") == Path("/no/folder")
-    assert find("nvidia/AnyFlow", "main") == tmp_path / "cache" and hub.asked == [("nvidia/AnyFlow", "main")]
+    assert find("nvidia/AnyFlow", "main") == tmp_path / "cache"
+    assert find("nvidia/AnyFlow", ignore="vae/*") == tmp_path / "cache"
+    assert hub.asked == [("nvidia/AnyFlow", "main", None), ("nvidia/AnyFlow", None, "vae/*")]
     for name, module in (("nvidia/none", hub), ("nvidia/other", None)):
         monkeypatch.setitem(sys.modules, "huggingface_hub", module)
         with pytest.raises(SystemExit, match=f"no folder {name}") as refusal:
             run("--model", name)
         assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("command, needless", [
+    (f"train.py flowmap --preset tiny --init {__name__}/x --out OUT", "text_encoder/*"),
+    (f"full.prepare --preset tiny --init {__name__}/x --videos . --data OUT --negative no", "transformer/*"),
+    (f"sample.py --parts {__name__}/x --out OUT", "transformer/*"),
+    (f"sample.py --model {__name__}/x --out OUT", None)])
+def test_commands_fetch_of_a_hub_what_they_need(command, needless, tmp_path, monkeypatch):
+    asked = []
+    hub = SimpleNamespace(snapshot_download=lambda name, **options: asked.append(options) or 1 / 0)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    program, *options = command.replace("OUT", str(tmp_path / "out")).split()
+    with pytest.raises(SystemExit):
+        importlib.import_module(program.removesuffix(".py")).main(options)
+    assert [options["ignore_patterns"] for options in asked] == [needless]
 
 
 @pytest.mark.parametrize("named, wanted", [("euler", "euler"), (None, "consistency")])

@@ -202,16 +202,11 @@ class Pixels:
     """As `full.pixels.Published`, for models of these worlds: a prompt is labels, a latent a pixel."""
 
     fps, stride, shift = 4, (1, 1), lambda self: 2.0
-
-    def read_prompts(self, prompts, dtype):
-        pass
+    read_prompts = open_vae = lambda *_: None  # there is nothing to load
 
     def text(self, prompt):
         """(1, 4, 32). ValueError for what no world can make."""
         return embed(torch.tensor([parse_prompt(prompt)]) if prompt else None)
-
-    def open_vae(self, channels):
-        pass
 
     def pixels(self, latents):
         return enlarge(latents)
