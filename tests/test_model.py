@@ -22,7 +22,7 @@ import model as M
 import sample
 from full.compile import lean
 from full.files import WEIGHTS, provenance
-from full.lora import add_lora
+from full.lora import BODY, add_lora
 from model import PRESETS, Wan, WanConfig
 
 STORED = load_file(Path(__file__).parent / "fixtures" / "outputs.safetensors")
@@ -306,7 +306,8 @@ def test_lora_starts_at_the_model_trains_little_and_merges_on_save(tmp_path):
     lora = add_lora(copy.deepcopy(model), rank=4)
     assert torch.equal(lora(z, 0.7, 0.2, text).detach(), before)
     trained = {name for name, p in lora.named_parameters() if p.requires_grad}
-    assert all("lora_" in name or name.startswith("far_patch_embedding") for name in trained)
+    whole = {name for name in trained if "lora_" not in name}
+    assert whole == {"far_patch_embedding.weight", "far_patch_embedding.bias"}
     per_block = 2 * (4 + 2)  # q, k, v, out of the self-attention and two of the feed-forward
     embedders = 2 * 4  # both linears of both time embedders
     assert len([n for n in trained if "lora_" in n]) == per_block * 2 + embedders
@@ -318,6 +319,15 @@ def test_lora_starts_at_the_model_trains_little_and_merges_on_save(tmp_path):
     assert set(merged.state_dict()) == names
     after = lora(z, 0.7, 0.2, text).detach()
     assert error(merged(z, 0.7, 0.2, text).detach(), after) < 1e-5 and error(before, after) > 0.1
+
+
+def test_lora_goes_on_where_one_was_beyond_the_pattern():
+    """Also in a time embedder, of a network whose own LoRA is the body's."""
+    model, name = build("anyflow"), "condition_embedder.time_embedder.linear_2"
+    width = model.get_submodule(name).weight.shape[0]
+    start = torch.randn(width, 1), torch.randn(1, width)
+    model = add_lora(model, 2, BODY, {name: start})
+    assert torch.equal(model.get_submodule(name).lora_up[:, :1], start[0])
 
 
 # bad input
@@ -745,7 +755,8 @@ BAD_CALLS = {
     "steps is 0": lambda m, z, x: sample.generate(m, x, z, 0),
     "needs the null prompt": lambda m, z, x: sample.generate(m, x, z, 1, guidance=2.0),
     "rank 0": lambda m, z, x: add_lora(m, 0),
-    "has a LoRA already": lambda m, z, x: add_lora(add_lora(m, 1), 1),
+    "rank 1 and 0 linears": lambda m, z, x: add_lora(m, 1, "nothing"),
+    "has a LoRA already": lambda m, z, x: add_lora(add_lora(m, 1, BODY), 1),
     "clean is \\(1, 3, 4, 4, 12\\)": lambda m, z, x: m(z, 0.5, 0.1, x, clean=z[..., :4, :], chunks=(1, 2)),
     "chunks are \\(3, 0\\)": lambda m, z, x: m(z, 0.5, 0.1, x, chunks=(3, 0)),
     "only with `chunks`": lambda m, z, x: m(z, 0.5, 0.1, x, clean=z),

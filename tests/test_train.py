@@ -1,5 +1,6 @@
 """The training loop: that it resumes exactly, that processes share a batch, and what it says to bad input."""
 
+import copy
 import itertools
 import json
 import math
@@ -26,7 +27,7 @@ from torch.distributed.tensor import DTensor
 import anyflow
 import sample
 import train
-from full import checkpoint, folders, lora, plan, prepare
+from full import checkpoint, folders, lora, parallel, plan, prepare
 from full.data import Shards, preset
 from full.files import WEIGHTS, provenance
 from full.options import check, expected, option
@@ -473,7 +474,7 @@ def test_changes_as_small_as_rounding_of_a_bfloat16_base_are_a_lora_only_at_its_
     for linear in linears.values():
         p = linear.weight.data
         change = torch.randn(len(p), rank) @ torch.randn(rank, p.shape[1])
-        p += 0.0037 * p.norm() / change.norm() * change
+        p += (0.0037 if dtype == torch.bfloat16 else 1e-4) * p.norm() / change.norm() * change
     starts, whole = lora.unmerge(net.to(dtype), base.state_dict(), 4, {})
     assert (len(starts), whole) == ((len(linears), 0) if rank == 4 else (0, len(linears)))
 
@@ -484,6 +485,116 @@ def test_nodes_of_unequal_size_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     with pytest.raises(ValueError, match="there are 3 processes, expected as many on each node, 2"):
         mesh_of_nodes("cpu")
+
+
+@pytest.fixture
+def third_of_eight():
+    """This process as one of eight that are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=2, world_size=8)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("node, names, rows", [
+    ("2", ("replicate", "shard"), [[0, 1], [2, 3], [4, 5], [6, 7]]), ("8", None, [*range(8)])])
+def test_nodes_hold_copies_of_what_their_processes_share(third_of_eight, node, names, rows, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", node)
+    mesh = mesh_of_nodes("cpu")
+    assert mesh.mesh_dim_names == names and mesh.mesh.tolist() == rows
+    assert parallel.place() == (2, 8) and not parallel.main_process()
+
+
+def test_each_process_waits_for_those_of_its_group(third_of_eight, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.distributed, "barrier", waited.append)
+    parallel.wait_for_all(), parallel.wait_for_all("some")
+    assert waited == [None, "some"]
+
+
+def test_means_are_over_all_values_of_micro_batches_and_processes(monkeypatch):
+    means = parallel.Means()
+    means.add("a", torch.tensor([1.0, 2.0, 3.0])), means.add("b", torch.tensor([]))
+    means.add("a", torch.tensor([6.0])), means.add("b", torch.tensor([]))
+    assert means.read() == {"a": 3.0}
+    other = torch.tensor([[8.0, 1.0], [10.0, 4.0]])  # sums and counts of another process
+    monkeypatch.setattr(anyflow, "sum_over_processes", lambda x: x + other)
+    assert means.read() == {"a": 4.0, "b": 2.5}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_clipping_leaves_blind_what_is_and_returns_the_norm_of_the_rest(rank):
+    """Weights and gradients of fast sinusoids are zero, before the norm is taken, and nothing else is."""
+    net = Wan(replace(preset("tiny")[0], num_layers=1))
+    net = lora.add_lora(net, rank) if rank else net
+    weights, norms = trained(net), []
+    fast = (1000 * net.condition_embedder.frequencies() > 20).repeat(2)
+    first = "lora_down" if rank else "weight"
+    blind = [f"condition_embedder.{which}_embedder.linear_1.{first}" for which in ("time", "delta")]
+    for name, p in weights.items():
+        p.data, p.grad = torch.ones_like(p), torch.randn_like(p)
+        norms.append((p.grad[:, ~fast] if name in blind else p.grad).norm())
+    norm = parallel.clip_norm(net, weights, train.Recipe(fastest=20.0, clip=0.5))
+    assert norm == pytest.approx(torch.stack(norms).norm().item())
+    assert torch.stack([p.grad.norm() for p in weights.values()]).norm().item() == pytest.approx(0.5)
+    for name, p in weights.items():
+        zero = torch.zeros_like(p, dtype=bool)
+        zero[..., fast if name in blind else []] = True
+        assert torch.equal(p == 0, zero) and torch.equal(p.grad == 0, zero)
+
+
+@pytest.mark.parametrize("stage, role, whose", [
+    ("teacher", "student", lora.BODY), ("flowmap", "student", lora.STUDENT), ("onpolicy", "fake", lora.BODY),
+    ("flowmap", "teacher", None), ("onpolicy", "judge", None)])
+def test_what_is_trained_of_a_network_with_lora(stage, role, whose):
+    """As in the release: a student's time embedders, too, nothing of what is frozen. A given LoRA goes on."""
+    net, name = Wan(replace(preset("tiny")[0], num_layers=1)), "blocks.0.attn1.to_q"
+    started = torch.randn(96, 2), torch.randn(2, 96)
+    adapt(stage, role, net, train.Recipe(lora=4), {name: started})
+    made = {key for key, linear in net.named_modules() if isinstance(linear, lora.LoRALinear)}
+    assert made == ({*lora.adapted(net, whose)} if whose else {name})
+    wanted = {f"{key}.lora_{side}" for key in made for side in ("up", "down")} if whose else set()
+    assert trained(net).keys() == wanted
+    assert torch.equal(net.get_submodule(name).lora_up[:, :2], started[0])
+
+
+@pytest.fixture
+def alone_in_bfloat16():
+    yield start_processes("cpu", "bfloat16")  # a group of one
+    torch.distributed.destroy_process_group()
+
+
+def test_trained_weights_and_times_are_in_float32_beside_work_in_bfloat16(alone_in_bfloat16):
+    """A step of 1e-5 and a time of 0.999 would be lost."""
+    net, recipe = Wan(replace(preset("tiny")[0], num_layers=1)), train.Recipe(lora=4, compile=False)
+    adapt("flowmap", "student", net, recipe)
+    assemble({"student": net}, recipe, alone_in_bfloat16)
+    for p in net.parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+    z, text, worked = torch.randn(1, 9, 3, 12, 12), torch.randn(1, 4, 32), []
+    net.blocks[0].attn1.to_q.register_forward_hook(lambda linear, x, y: worked.append(y.dtype))
+    late, last = (net(z, torch.tensor([t]), torch.tensor([0.5]), text) for t in (0.999, 1.0))
+    assert {*worked} == {torch.bfloat16} and not torch.equal(late, last)
+    assert net.checkpointing == recipe.checkpointing
+
+
+@pytest.mark.parametrize("role, share", [("judge", True), ("teacher", True), ("judge", False)])
+def test_frozen_weights_that_are_equal_as_the_work_sees_them_are_shared(role, share, alone_in_bfloat16):
+    """If it is asked for; of what is in training nothing is."""
+    frozen = Wan(replace(preset("tiny-causal")[0], num_layers=1))
+    nets = {"student": copy.deepcopy(frozen).bfloat16().float(), role: frozen}
+    other = "blocks.0.attn2.to_q.weight"
+    nets["student"].get_parameter(other).data *= 2
+    recipe = train.Recipe(lora=4, compile=False, share=share)
+    for role, net in nets.items():
+        adapt("onpolicy", role, net, recipe)
+    learns = trained(nets["student"]).keys()
+    assemble(nets, recipe, alone_in_bfloat16)
+    theirs = {parallel.local(p).data_ptr() for p in frozen.parameters()}
+    shared = {n for n, p in nets["student"].named_parameters() if parallel.local(p).data_ptr() in theirs}
+    others = nets["student"].state_dict().keys() - learns
+    assert trained(nets["student"]).keys() == learns and shared == (others - {other} if share else set())
 
 
 def test_networks_that_are_no_lora_or_have_lost_it(story, adapted, capfd, tmp_path):
@@ -780,6 +891,69 @@ def test_a_lora_goes_on_exactly_from_weights_in_bfloat16():
     linear, start = torch.nn.Linear(8, 6).bfloat16(), (torch.randn(6, 2), torch.randn(2, 8))
     lora.LoRALinear.wrap(linear, 2, start)
     assert torch.equal(linear.lora_up, start[0]) and torch.equal(linear.lora_down, start[1])
+    assert linear.merged().dtype == linear.weight.dtype and not linear.weight.requires_grad
+
+
+def test_a_lora_goes_on_at_a_larger_rank_as_the_same_product():
+    """What is new begins as a new LoRA: up at zero, down even within 1 / sqrt(inputs), as in PEFT."""
+    linear, start = torch.nn.Linear(900, 6), (torch.randn(6, 2), torch.randn(2, 900))
+    wanted = linear.weight + start[0] @ start[1]
+    lora.LoRALinear.wrap(linear, 4, start)
+    assert linear.lora_up.shape == (6, 4) and torch.allclose(linear.merged(), wanted)
+    new = 30 * linear.lora_down[2:]
+    assert 0.99 < new.max() < 1.0001 and -1.0001 < new.min() < -0.99
+
+
+@pytest.mark.parametrize("names", [["q.lora_up"], ["q.lora_up", "q.lora_down", "q.bias"]])
+def test_adapter_with_other_names_is_refused(names, tmp_path):
+    save_file({name: torch.zeros(1, 1) for name in names}, tmp_path / lora.ADAPTER)
+    with pytest.raises(ValueError, match=f"{lora.ADAPTER} has q.*expected lora_up and lora_down"):
+        lora.read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(200, 100), (40, 6)])
+def test_low_rank_is_the_nearest_product_and_no_matter_of_chance(shape):
+    """As near as an SVD's, the same each time; torch's generator is left as it was."""
+    change, state = torch.randn(shape), torch.get_rng_state()
+    up, down = lora.low_rank(change, 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    nearest = torch.linalg.svdvals(change)[4:].norm()
+    assert up.shape == (shape[0], 4) and (change - up @ down).norm() < 1.01 * nearest
+    torch.manual_seed(5)
+    assert all(map(torch.equal, lora.low_rank(change, 4), (up, down)))
+
+
+@pytest.mark.parametrize("outputs, rank, inputs, whole", [
+    (96, 2, 96, 0), (96, 4, 96, 0), (96, 5, 96, 1), (95, 4, 96, 1), (96, 4, 95, 1)])
+def test_stored_lora_is_taken_at_the_rank_of_the_run_or_a_smaller_one(outputs, rank, inputs, whole):
+    """Of another rank or shape it leaves the weight whole."""
+    net, name = Wan(replace(preset("tiny")[0], num_layers=1)).requires_grad_(False), "blocks.0.attn1.to_q"
+    base, stored = copy.deepcopy(net.state_dict()), (torch.randn(outputs, rank), torch.randn(rank, inputs))
+    net.get_submodule(name).weight[:outputs, :inputs] += stored[0] @ stored[1]
+    starts, found = lora.unmerge(net, base, 4, {name: stored})
+    assert found == whole and starts.keys() == ({name} if not whole else set())
+
+
+def test_weights_as_in_the_base_or_of_another_shape_are_no_lora():
+    net = Wan(replace(preset("tiny")[0], num_layers=1))
+    half, base = copy.deepcopy(net).bfloat16(), net.state_dict()
+    assert lora.unmerge(net, base, 4, {}) == lora.unmerge(half, base, 4, {}) == ({}, 0)
+    assert lora.unmerge(net, {"blocks.0.attn1.to_q.weight": torch.ones(1, 1)}, 4, {}) == ({}, 0)
+
+
+def test_weights_are_taken_apart_as_the_first_process_says(monkeypatch):
+    """Of factors of one product, those that it sends."""
+    net, scales = Wan(replace(preset("tiny")[0], num_layers=1)).requires_grad_(False), [2.0, 0.5]
+    base, linear = copy.deepcopy(net.state_dict()), net.blocks[0].attn1.to_q
+    q = base["blocks.0.attn1.to_q.weight"]
+    linear.weight += torch.randn(96, 4) @ torch.randn(4, 96)
+    wanted = lora.low_rank(linear.weight - q, 4)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda x, source: x.mul_(scales.pop(source)))
+    starts, whole = lora.unmerge(net, base, 4, {})
+    (up, down), = starts.values()
+    assert whole == 0 and torch.equal(up, 2 * wanted[0]) and torch.equal(down, wanted[1] / 2)
+    assert torch.equal(linear.weight, q)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-causal"])
@@ -950,7 +1124,7 @@ def test_exact_teacher_is_the_velocity_of_the_world():
     z = anyflow.interpolate(clips, torch.randn_like(clips), t)
     assert torch.equal(ExactTeacher(world)(z, t, t, text), world.velocity(z, t, labels))
     with pytest.raises(ValueError, match="no null prompt, expected --drop 0"):
-        ExactTeacher(world)(z, t, t, world.null.expand_as(text))
+        ExactTeacher(world)(z, t, t, torch.cat([text[:5], world.null]))
 
 
 def test_exact_teacher_takes_the_place_of_teacher_and_judge(story, tmp_path):
