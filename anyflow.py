@@ -46,6 +46,7 @@ def time_grid(steps, shift=1.0):
 
     steps: how many, for even times, then shifted; or the times themselves (list or tensor), not shifted.
     """
+    steps = steps.item() if getattr(steps, "ndim", 1) == 0 else steps
     if isinstance(steps, int) and steps >= 1:
         return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
     grid = torch.as_tensor(() if isinstance(steps, (int, float, str)) else steps, dtype=torch.float64)
@@ -55,6 +56,8 @@ def time_grid(steps, shift=1.0):
 
 def interpolate(x, noise, t):
     """The state z_t = (1 - t) x + t eps (as x) on the straight line between them, whose slope is eps - x."""
+    if noise.shape != x.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {tuple(x.shape)} as x")
     t = _expand(as_times(x, t)[0], x)
     return ((1 - t) * x + t * noise).to(x.dtype)
 
@@ -155,16 +158,12 @@ def _visit(model, z, grid, gamma=0.0, **cond):
 # Regression of the slopes eps - x on z_t finds their mean, v. The network is asked for u at r = t, so that
 # teacher and student are one architecture.
 
-def logit_normal_times(x, shift=1.0):
-    """Times (B,) of the teacher's training: sigmoid of a normal, so most are mid-way; then shifted."""
-    return shift_time(torch.randn(len(x), device=x.device).sigmoid(), shift)
-
 def flow_matching_loss(model, x, *, t=None, noise=None, shift=1.0, **cond):
     """mean || model(z_t, t, t) - (eps - x) ||^2 over data x (B, ...). Scalar with gradient.
 
     t: float, (B,) or (B, F), logit-normal and shifted if not given. noise: eps, as x, drawn if not given.
     """
-    t = logit_normal_times(x, shift) if t is None else t
+    t = shift_time(torch.randn(len(x), device=x.device).sigmoid(), shift) if t is None else t  # most mid-way
     noise = torch.randn_like(x) if noise is None else noise
     (t,) = as_times(x, t)
     u = model(interpolate(x, noise, t), t, t, **cond)
@@ -226,7 +225,7 @@ def central_difference(model, z, v, t, r, eps=0.005, **cond):
 GUIDANCE_FORMS = ("published", "consistent")
 
 def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=None, data_anchors=False,
-                  guidance=1.0, guidance_form="published", null=None, weight=None, balance=True,
+                  guidance=1.0, guidance_form="published", null=None, weight=None, balance=None,
                   anchor_sums=None, eps=0.005, parts=False, **cond):
     """Regression of u(z_t, t, r) on the right side of eq. (3) over data x (B, ...). Scalar with gradient.
 
@@ -241,8 +240,8 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     null prompt's (`python tests/guidance.py`). A teacher gives v' of the second with its own null branch.
 
     t, r, noise: drawn by `time_pairs` and from the normal if not given; t - r is one for all frames of a
-    sample. weight: a function of t, if not given `time_weight`. balance, anchor_sums: see `_balance`. parts:
-    returns also each sample's squared error / g^2 (B,) before weight and balance, and which are jumps (B,).
+    sample. weight: a function of t, or else `time_weight`. balance (None: if anchors are the data's) and
+    anchor_sums: see `_balance`. parts: also returns (B,), before both, squared errors / g^2, and who jumps.
     """
     if (t is None) != (r is None):
         raise ValueError(f"found only {'t' if r is None else 'r'}, expected both t and r or neither")
@@ -273,6 +272,7 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     error = _squared_error(u, target) / guidance**2  # which keeps the scale of the unguided error
     w = time_weight(t, shift) if weight is None else weight(t)
     loss = (_expand(w, x) * error).flatten(1).mean(1)  # (B,)
+    balance = teacher is None or data_anchors if balance is None else balance
     loss = (_balance(loss, jumps, anchor_sums) if balance else loss).mean()
     return (loss, error.detach().flatten(1).mean(1), jumps) if parts else loss
 
@@ -346,9 +346,9 @@ def dmd_loss(x_hat, judge, fake, *, t=None, noise=None, shift=1.0, guidance=1.0,
     with guidance; `fake` knows the student's samples. Loss: mean (x_hat - stopgrad(x_hat - grad))^2,
         grad = (x0_fake - x0_judge) / mean|x_hat - x0_judge|                                               (5)
 
-    t, noise: uniform, then shifted, and normal if not given. guidance: as in `guided`; the release's x0_cond
-    + 3 (x0_cond - x0_null) is guidance = 4. per_sample: the mean in (5) is over each sample, as published;
-    False: over the batch, for samples of few numbers.
+    t, noise: uniform, then shifted, and normal if not given. guidance: as in `guided`, 4 for the release's
+    x0_cond + 3 (x0_cond - x0_null); with it DMD aims beyond the guided ODE (`python tests/guidance.py`).
+    per_sample: the mean in (5) is over each sample, as published, or the batch, for samples of few numbers.
     """
     t = shift_time(torch.rand(len(x_hat), device=x_hat.device), shift) if t is None else t
     noise = torch.randn_like(x_hat) if noise is None else noise

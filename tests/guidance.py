@@ -1,10 +1,11 @@
-"""Why there are two forms of fused guidance: what each converges to, exactly, on Gaussians in one dimension.
+"""What guided training converges to, exactly, on Gaussians in one dimension: stage 1's two forms, and DMD.
 
     python tests/guidance.py
 
 Data N(1, 0.5^2) with the prompt, N(0, 1) with the null prompt. Every velocity is then affine in z, and so is
 each fixed point of `anyflow.flow_map_loss`: its two numbers A, B in u(z, t, r) = A z + B solve linear ODEs in
-t, integrated here. The table holds samples of both against the guided ODE from the same noise.
+t, integrated here. A first table holds samples of both against the guided ODE from the same noise. A second
+holds that ODE's distribution against the one where `anyflow.dmd_loss`, with a guided judge, has no gradient.
 """
 
 import sys
@@ -24,9 +25,9 @@ def velocity(data, t):
     a = (t - (1 - t) * deviation**2) / ((1 - t) ** 2 * deviation**2 + t**2)
     return a, -mean - a * (1 - t) * mean
 
-def guided_velocity(t):
+def guided_velocity(t, g=G):
     """(a, b) of v_null + g (v_prompt - v_null)."""
-    return tuple(null + G * (v - null) for v, null in zip(velocity(PROMPT, t), velocity(NULL, t)))
+    return tuple(null + g * (v - null) for v, null in zip(velocity(PROMPT, t), velocity(NULL, t)))
 
 def fixed_point(t, r, form, steps=100):
     """((A, B) of the prompt, (A, B) of the null prompt), u = A z + B where the target IS the output.
@@ -64,9 +65,36 @@ def network(form):
 
     return model
 
-def euler(z, t, r, prompt):
-    a, b = guided_velocity(t)
+def euler(z, t, r, prompt, g=G):
+    a, b = guided_velocity(t, g)
     return a[:, None] * z + b[:, None]
+
+def end_of_ode(g):
+    """Mean and deviation of what the guided ODE makes of noise N(0, 1): an affine function of it."""
+    ends = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    low, high = anyflow.sample(euler, ends, 2000, average=False, prompt=torch.ones_like(ends), g=g)
+    return ((high + low) / 2).item(), ((high - low) / 2).item()
+
+def end_of_dmd(g, steps=3000, times=200):
+    """Mean and deviation of a student m + s noise that follows the gradient of `anyflow.dmd_loss`, at uniform
+    times, with a judge guided by g and an exact fake score, from N(0, 1).
+
+    All is affine, so its gradient is that of noises of -1 and 1, in the student and in z, with equal weight.
+    """
+    signs = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    start, noise = torch.cartesian_prod(signs, signs).repeat(times, 1)[..., None].unbind(1)
+    t = ((torch.arange(times).double() + 0.5) / times).repeat_interleave(4)
+    options = dict(t=t, noise=noise, guidance=g, null=dict(prompt=0), per_sample=False, prompt=1)
+    of = lambda data, z, t: sum(term * factor for term, factor in zip(velocity(data, t), (z, 1)))
+    judge = lambda z, t, r, prompt: of(PROMPT if prompt else NULL, z, t[:, None])
+    student = torch.tensor(NULL, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.SGD([student], 0.05)
+    for _ in range(steps):
+        fake = lambda z, t, r, prompt: of(student.tolist(), z, t[:, None])
+        anyflow.dmd_loss(student[0] + student[1] * start, judge, fake, **options).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return tuple(student.tolist())
 
 def table():
     """{method: [RMS distance to the guided ODE's sample, per NFE]}, over noise N(0, 1)."""
@@ -81,3 +109,7 @@ if __name__ == "__main__":
     from toy.plots import table as text
 
     print(text("RMS distance to the sample of the guided ODE from the same noise, g = 3", NFE, table()))
+    ends = {"guided ODE": end_of_ode, "DMD": end_of_dmd}
+    rows = {f"{name}: {number}": [end(g)[i] for g in (1, 2, 3)] for name, end in ends.items()
+            for i, number in enumerate(("mean", "deviation"))}
+    print("\n" + text("where they lead with guidance 1, 2 and 3", (1, 2, 3), rows, corner="guidance"))

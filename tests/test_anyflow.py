@@ -5,6 +5,7 @@ import math
 import re
 
 import guidance
+import numpy
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -82,7 +83,9 @@ def test_time_pairs_keep_their_order_in_the_last_digits_below_one(shift, monkeyp
 
 
 def test_grid_of_shift_one_is_even_and_grids_nest():
-    assert torch.equal(anyflow.time_grid(4), torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64))
+    for four in (4, torch.tensor(4), numpy.int64(4)):
+        grid = anyflow.time_grid(four)
+        assert grid.dtype == torch.float64 and grid.tolist() == [1, 0.75, 0.5, 0.25, 0]
     assert torch.allclose(anyflow.time_grid(8, 5.0)[::2], anyflow.time_grid(4, 5.0))
 
 
@@ -450,6 +453,26 @@ def test_only_the_consistent_form_samples_the_guided_ode():
     assert max(rows["consistent"]) < 2e-3
     assert all(a > 10 * b for a, b in zip(rows["published"], rows["consistent"]))
     assert all(a < b for a, b in zip(rows["published"], rows["guided Euler"]))
+
+
+@pytest.mark.parametrize("g", [1.0, 2.0])
+def test_a_guided_judge_aims_beyond_the_guided_ode(g):
+    """Without guidance both end in the data. With it DMD ends narrower and further out."""
+    dmd, ode = guidance.end_of_dmd(g), guidance.end_of_ode(g)
+    if g == 1:
+        assert dmd == pytest.approx(guidance.PROMPT, abs=1e-3) and ode == pytest.approx(dmd, abs=1e-3)
+    else:
+        assert dmd[0] > ode[0] + 0.1 and dmd[1] < ode[1] - 0.02
+
+
+def test_a_student_that_equals_its_teacher_learns_jumps():
+    """Balance against the teacher's anchors, which have no error then, would leave no gradient."""
+    net = torch.nn.Linear(2, 2)
+    teacher, student = (lambda z, t, r: net(z) * t[:, None], lambda z, t, r: net(z) * t[:, None])
+    x = torch.randn(8, 2)
+    gradient = lambda **options: torch.autograd.grad(
+        anyflow.flow_map_loss(student, x, teacher=teacher, **options), net.weight)[0].abs().max()
+    assert gradient(balance=True) == 0 and gradient() > 1e-4 and gradient(data_anchors=True) > 1e-4
 
 
 @pytest.mark.parametrize("form", anyflow.GUIDANCE_FORMS)
@@ -1017,6 +1040,7 @@ BAD = [
     (lambda: anyflow.jump(video_net, TWO, torch.tensor([0.5, math.nan]), 0.0), "times are in [nan, nan]"),
     (lambda: anyflow.jump(video_net, TWO, torch.zeros(3), 0.0), "a time has shape (3,), expected a float"),
     (lambda: anyflow.interpolate(TWO, TWO, -0.1), "times are in [-0.1, -0.1]"),
+    (lambda: anyflow.interpolate(TWO, TWO[:1], 0.1), "noise has shape (1, 2), expected (2, 2) as x"),
     (lambda: anyflow.sample(video_net, TWO, 0), "steps is 0"),
     (lambda: anyflow.sample(video_net, TWO, 1, gamma=1.5), "gamma is 1.5, expected a number in [0, 1]"),
     (lambda: anyflow.sample(video_net, TWO, 1, gamma=math.nan), "gamma is nan"),
