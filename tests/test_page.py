@@ -133,7 +133,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def networks():
-    return {name: page.trained(name, 5, seed) for seed, name in enumerate(flow2d.DENSITIES)}
+    return {name: page.trained(name, 5, seed) for seed, name in enumerate(page.DENSITIES)}
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_networks_are_those_of_torch(browser, networks):
                 assert (points(browser.js(code)) - u).abs().max() < 1e-4, (density, method, t, r)
 
 
-@pytest.mark.parametrize("name", flow2d.DENSITIES)
+@pytest.mark.parametrize("name", page.DENSITIES)
 def test_velocity_is_exact_in_the_tails_and_at_both_ends(browser, name):
     """Against torch's, which tests/test_flow2d.py holds against arithmetic of 60 digits."""
     density = flow2d.DENSITIES[name]()
@@ -193,7 +193,7 @@ def test_velocity_is_exact_in_the_tails_and_at_both_ends(browser, name):
         assert ((found - wanted).abs() / wanted.abs().clamp(min=1)).max() < 1e-6, t
 
 
-@pytest.mark.parametrize("name", flow2d.DENSITIES)
+@pytest.mark.parametrize("name", page.DENSITIES)
 def test_exact_path_is_that_of_torch(browser, name):
     z = torch.randn(6, 2).double()
     wanted = flow2d.DENSITIES[name]().flow(z, anyflow.time_grid(64))
@@ -271,7 +271,7 @@ def test_every_control_does_what_it_says(browser, file):
     assert state(browser, "p")[1] == pytest.approx([second[0] + 0.05, second[1]])
     browser.click("#single")
     assert len(state(browser, "p")) == 1
-    for name in flow2d.DENSITIES:
+    for name in page.DENSITIES:
         browser.click(f"input[value={name}]")
         assert state(browser, "d") == name
     for name in page.STARTS:
@@ -429,4 +429,4 @@ def test_kept_page_is_of_the_template_and_at_most_a_megabyte():
     text = KEPT.read_text()
     before, after = page.TEMPLATE.read_text().split("{{data}}")
     assert text.startswith(before) and text.endswith(after) and KEPT.stat().st_size <= 1_000_000
-    assert data_of(text)["densities"].keys() == flow2d.DENSITIES.keys()
+    assert data_of(text)["densities"].keys() == {*page.DENSITIES}

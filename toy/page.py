@@ -21,6 +21,7 @@ from toy import flow2d, plots
 
 STARTS = {"teacher": None, "consistency": "teacher", "anyflow-forward": "teacher",
           "anyflow": "anyflow-forward"}  # each network, and the one whose weights it was trained from
+DENSITIES = ("checkerboard", "mixture", "spiral")  # there is room for three
 BITS = 18  # after the binary point
 TEMPLATE = Path(__file__).with_suffix(".html")
 LIMIT = 1_000_000  # bytes of the page
@@ -92,7 +93,7 @@ def run(args):
     args.out.parent.mkdir(parents=True, exist_ok=True)  # or it fails before the training
     networks = {}
     for density, states in (map(load, args.results) if args.results else
-                            ((name, trained(name, args.steps, args.seed)) for name in flow2d.DENSITIES)):
+                            ((name, trained(name, args.steps, args.seed)) for name in DENSITIES)):
         if density in networks:
             raise ValueError(f"two folders of --results are of density {density}, expected one of each")
         networks[density] = states
