@@ -248,7 +248,7 @@ def run(args):
     device, made = device_of(args.device), provenance(args.model)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     model = Wan.from_pretrained(args.model)  # on the CPU, as stored, until the text encoder has gone
-    tiny = str(made.get("preset")).startswith("tiny")
+    tiny = str(made.get("preset")).startswith("tiny") and not args.parts
     parts = world.Pixels() if tiny else Published(args.parts or args.model, device)
 
     formats = [args.ending] if args.ending in FORMATS else [".safetensors" if args.text else ".mp4"]

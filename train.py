@@ -138,7 +138,8 @@ def recipe_of(name, stage, changes, processes=1):
 class Clips:
     """All that the loop does not know: which frames and numbers a step takes, how a student is rolled out.
 
-    For other data write a class with a `device` and these four functions, and name it in `run_stage`:
+    For other data write a class with a `device` and these four functions, and name it in `run_stage` (there
+    preset and `open_data` fix the clips' shape; `--sample-every` also asks for `data`, `shape`):
     `batch(step, part, draw)` returns an object with x, noise, cond, null, t, r, t_teacher, t_consistency;
     `rollout(student, judge, batch)` what `anyflow.on_policy_step` asks, x_hat by `backward_simulation` of an
     N and k that it draws; then `go_back()` does nothing; `has_whole_clips(step)` returns False.
@@ -460,7 +461,7 @@ def run_stage(args):
     clips = Clips(data, recipe, nets["student"].config, shape, device, args.seed, place())
     bar = tqdm(total=recipe.steps, initial=run.step, desc=f"{args.preset} {args.stage}", mininterval=1,
                disable=None if main_process() else True)
-    with open(log if main_process() else os.devnull, "a") as lines:
+    with open(log if main_process() else os.devnull, "a", 1) as lines:  # line by line, to be watched
         stop = Stop(device)
         for row in train(args.stage, recipe, run, clips):
             lines.write(json.dumps(row) + "\n")
@@ -471,7 +472,6 @@ def run_stage(args):
                 save_samples(run, clips, args, recipe)
             stopping = bool(stop)
             if stopping or run.step % args.save_every == 0 or run.step == recipe.steps:
-                lines.flush()
                 run.save()
             if stopping and run.step < recipe.steps:
                 raise RuntimeError(f"SIGTERM: saved step {run.step} in {args.out}, --resume goes on from it")

@@ -26,7 +26,9 @@ def write(path, save):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = part.stat().st_mode
         save(part)
+        part.chmod(mode)  # for others to read: safetensors makes a file of its own, for its user alone
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

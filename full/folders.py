@@ -1,6 +1,7 @@
 """The networks of a stage, and the model folders that they come from: checked, taken apart into LoRAs."""
 
 import functools
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +16,14 @@ from model import Wan
 # From which stages each stage may start.
 BEFORE = {"teacher": ("teacher",), "flowmap": ("teacher", "flowmap", "onpolicy"),
           "onpolicy": ("flowmap", "onpolicy"), "consistency": ("teacher",)}
+
+# Recipe options that a stage does not read.
+FLOW_MAP = {"guidance_form", "target", "data_anchors", "balance", "diffusion", "endpoint", "eps"}
+ON_POLICY = {"rollout", "rollout_steps", "grad_chunks", "recompute_rollout", "dmd", "dmd_guidance", "fake_lr",
+             "fake_steps", "fake_samples"}
+UNREAD = {"teacher": FLOW_MAP | ON_POLICY | {"guidance", "weight", "teacher_steps"},
+          "flowmap": ON_POLICY | {"own_times", "teacher_steps"}, "onpolicy": {"own_times", "bidirectional"},
+          "consistency": FLOW_MAP | ON_POLICY | {"own_times", "bidirectional"}}
 
 CAUSAL = "compressed_patch_size", "full_chunk_limit", "chunk_partition"  # which a teacher's folder lacks
 
@@ -34,14 +43,17 @@ def load(folder, option, config, kind, stages):
     if folder is None:
         raise ValueError(f"{option} is missing, expected a model folder of stage {' or '.join(stages)}")
     keys = {key: getattr(config, key) for key in CAUSAL if kind == "causal"}
-    model = Wan.from_pretrained(folder, kind, **keys)
+    model, made = Wan.from_pretrained(folder, kind, **keys), provenance(folder)
     for key, wanted in asdict(config).items():
         found = getattr(model.config, key)
         if found != wanted and key in model.config.to_dict() and key != "rope_max_seq_len":
             raise ValueError(f"{option} {folder} has {key} {found}, expected {wanted} as the preset")
-    made = provenance(folder).get("stage")
-    if made not in (None, *stages):
-        raise ValueError(f"{option} {folder} was made by stage {made}, expected {' or '.join(stages)}")
+    stage = made.get("stage")
+    if stage not in (None, *stages):
+        raise ValueError(f"{option} {folder} was made by stage {stage}, expected {' or '.join(stages)}")
+    if main_process():
+        origin = f"{made.get('preset')} {stage}" if stage else "of no stage of train.py"
+        print(f"{option} {folder}: {origin}, taken as {model.config.kind}")
     return model
 
 def base_of(args, recipe):
@@ -58,6 +70,9 @@ def from_folders(stage, recipe, args, config, baseline):
     """`make` of `networks`: each role from the folder that the command line names for it, what is not
     trained frozen. baseline: whether the stage is one of consistency."""
     causal, base, device = config.kind == "causal", base_of(args, recipe), device_of(args.device)
+    unread = [f"--{name.replace('_', '-')}" for name in UNREAD[stage] if getattr(args, name) is not None]
+    if unread and main_process():
+        print(f"stage {stage} does not read {', '.join(sorted(unread))}", file=sys.stderr)
 
     def make(role):
         net, folder = student() if role == "student" else frozen_or_fake(role)

@@ -57,7 +57,8 @@ def prepare(videos, folder, shape, text_dim, encode, vae, negative="", size=32, 
 
     The first frames of each, of another aspect the middle. shape: (F, C, H, W) of the latents. encode, vae:
     of `full.pixels`. negative: the null prompt's text. manifest-RANK.jsonl names the shard and row of each
-    video, or why it was skipped; what lies in a shard is not encoded again. Latents and text are bfloat16.
+    video, or why it was skipped; what lies in a shard is not encoded again, but told where video or caption
+    are newer. Latents and text are bfloat16.
     """
     files = sorted(p for p in Path(videos).rglob("*") if p.suffix.lower() in VIDEOS)
     if not files:
@@ -68,6 +69,12 @@ def prepare(videos, folder, shape, text_dim, encode, vae, negative="", size=32, 
     if null.shape[2] != text_dim:
         raise ValueError(f"the text encoder is {null.shape[2]} wide, expected {text_dim} for the preset")
     known = read_manifests(folder, shape, tuple(null.shape[1:]), rank, world)
+    age = lambda path: path.stat().st_mtime if path.is_file() else 0
+    late = [row["video"] for row in known for path in [Path(videos, row["video"])]
+            if max(age(path), age(path.with_suffix(".txt"))) > age(folder / row["shard"])]
+    if late and rank == 0:
+        print(f"{len(late)} videos or captions are newer than their clips, which stay as they are, first"
+              f" {late[0]}: to make them anew, take another folder", file=sys.stderr)
     seen, rows = {row["video"] for row in known}, [row for row in known if row["rank"] == rank]
     shards = 1 + max((int(path.name[4:10]) for path in folder.glob(f"{rank:03}-{6 * '[0-9]'}.*")), default=-1)
     clips = []  # encoded, of the next shard: latents, text, row of the manifest
@@ -86,25 +93,28 @@ def prepare(videos, folder, shape, text_dim, encode, vae, negative="", size=32, 
     if rank == 0:
         write(folder / "null.safetensors", lambda part: save_file({"text": null}, part))
     todo = [path for path in files[rank::world] if str(path.relative_to(videos)) not in seen]
-    for path in tqdm(todo, desc="videos", disable=None):
-        row = {"video": str(path.relative_to(videos)), "rank": rank}
-        try:
-            text = path.with_suffix(".txt")
-            caption = text.read_bytes().decode("utf-8-sig", "replace").strip() if text.is_file() else ""
-            if not caption or "\ufffd" in caption:
-                raise ValueError(f"no caption in UTF-8 in {text}")
-            video, used = read_video(path, *pixels)
-            latents = vae.encode(video[None])[0].bfloat16().cpu().contiguous()
-        except (ValueError, OSError) as error:
-            rows.append(row | {"error": str(error)})
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-        else:
-            if latents.shape != shape:
-                raise ValueError(f"the VAE makes {tuple(latents.shape)}, expected {shape} for the preset")
-            clips.append((latents, encode([caption])[0].bfloat16(), row | ({"used": used} if used else {})))
-        if len(clips) == size:
-            flush()
-    flush()
+    try:
+        for path in tqdm(todo, desc="videos", disable=None):
+            row = {"video": str(path.relative_to(videos)), "rank": rank}
+            try:
+                text = path.with_suffix(".txt")
+                caption = text.read_bytes().decode("utf-8-sig", "replace").strip() if text.is_file() else ""
+                if not caption or "\ufffd" in caption:
+                    raise ValueError(f"no caption in UTF-8 in {text}")
+                video, used = read_video(path, *pixels)
+                latents = vae.encode(video[None])[0].bfloat16().cpu().contiguous()
+            except (ValueError, OSError) as error:
+                rows.append(row | {"error": str(error)})
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+            else:
+                if latents.shape != shape:
+                    raise ValueError(f"the VAE makes {tuple(latents.shape)}, expected {shape} for the preset")
+                row |= {"used": used} if used else {}
+                clips.append((latents, encode([caption])[0].bfloat16(), row))
+            if len(clips) == size:
+                flush()
+    finally:  # Ctrl-C keeps what is encoded
+        flush()
     bad = sum("error" in row for row in rows)
     return len(rows) - bad, bad
 
@@ -118,7 +128,7 @@ def run(args):
     if rank == 0:
         hold(folder, init)
     path = folder / "prepare.json"
-    if path.exists() and read_json(path) != settings:
+    if path.exists() and read_json(path) != settings and any(folder.glob("[0-9]*-[0-9]*.safetensors")):
         raise ValueError(f"{folder} was prepared from {read_json(path)}, expected {settings}: another --data")
     encode = TextEncoder(init, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if rank == 0:

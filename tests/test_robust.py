@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -308,6 +309,28 @@ def test_shard_that_no_manifest_names_is_no_second_copy(tmp_path, monkeypatch, c
     clips_of_videos(folder)
     assert len(Shards(folder / "out", (3, 3, 4, 6), 32)) == 5
     assert "001-000000.safetensors: in no manifest" in capsys.readouterr().err
+
+
+def test_prepare_keeps_its_settings_once_a_shard_is_made(tmp_path, monkeypatch):
+    """A first command that failed does not bind the next one."""
+    monkeypatch.setattr(prepare, "TextEncoder", mock.Mock())
+    monkeypatch.setattr(prepare, "VAE", mock.Mock())
+    monkeypatch.setattr(prepare, "prepare", mock.Mock(side_effect=[ValueError("no fit"), (1, 0)]))
+    main = lambda negative: prepare.main(["--preset", "tiny", "--init", str(tmp_path), "--videos", "videos",
+                                          "--data", str(tmp_path / "out"), "--negative", negative])
+    with pytest.raises(SystemExit, match="no fit"):
+        main("one")
+    main("two")
+    (tmp_path / "out" / "000-000000.safetensors").touch()
+    with pytest.raises(SystemExit, match="was prepared from .*two.*, expected .*three"):
+        main("three")
+
+
+def test_files_are_as_readable_as_the_user_wants(tmp_path):
+    (tmp_path / "mine").touch()
+    write_shards(World(), tmp_path / "x", 2, seed=0)
+    modes = {path.stat().st_mode for path in (tmp_path / "x").glob("*.*")}
+    assert modes == {(tmp_path / "mine").stat().st_mode}
 
 
 def test_prepare_has_its_folder_alone(tmp_path, monkeypatch, capsys):

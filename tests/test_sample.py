@@ -129,6 +129,7 @@ def test_a_trained_network_borrows_vae_and_text_encoder(folder, pixels, tmp_path
     """--parts: what train.py leaves is the network alone; a published folder lends the rest."""
     _, path = folder
     shutil.copytree(path / "transformer", tmp_path / "network")
+    (tmp_path / "network" / "anyflow.json").write_text('{"preset": "tiny"}')  # but not of the world
     for options in (["--model", path], ["--model", tmp_path / "network", "--parts", path]):
         run(*options, "--prompt", PROMPT, *SIZE, "--out", tmp_path / "a.gif")
     assert np.array_equal(*pixels)

@@ -29,7 +29,7 @@ import sample
 import train
 from full import checkpoint, folders, lora, parallel, plan, prepare
 from full.data import Shards, preset
-from full.files import WEIGHTS, provenance
+from full.files import STAGES, WEIGHTS, provenance
 from full.options import check, expected, option
 from full.parallel import adapt, assemble, mesh_of_nodes, start_processes, trained
 from full.pixels import read_video
@@ -169,6 +169,36 @@ def test_resume_is_bit_exact(story, name, tmp_path):
     made, wanted = weights(folder), weights(story[name])
     assert all(torch.equal(made[key], wanted[key]) for key in wanted)
     assert losses(folder) == losses(story[name])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_options_that_a_stage_does_not_read_are_told_and_change_nothing(story, stage, tmp_path, capsys):
+    others = {"guidance": 2, "target": "data", "weight": "paper", "teacher_steps": 3, "rollout_steps": "3,5",
+              "recompute_rollout": "true", "dmd": 3, "fake_lr": 1, "eps": 0.1, "diffusion": 0.1,
+              "endpoint": 0.7, "balance": "false", "data_anchors": "false", "dmd_guidance": 3,
+              "own_times": 0.3}
+    assert set().union(*folders.UNREAD.values()) <= {field.name for field in fields(train.Recipe)}
+    unread = {name: value for name, value in others.items() if name in folders.UNREAD[stage]}
+    start = {"teacher": [], "onpolicy": ["--init", story["forward"], "--teacher", story["teacher"]]}
+    options = [stage, "--preset", "tiny", *start.get(stage, ["--init", story["teacher"]])]
+    options += ["--steps", "2", *BRIEF]
+    run(*options, "--out", tmp_path / "out")
+    assert "does not read" not in capsys.readouterr().err
+    more = [word for name, value in unread.items() for word in (f"--{name.replace('_', '-')}", value)]
+    run(*options, *more, "--out", tmp_path / "more")
+    said = capsys.readouterr().err
+    assert f"stage {stage} does not read" in said and all(word in said for word in more[::2])
+    made, wanted = weights(tmp_path / "more"), weights(tmp_path / "out")
+    assert all(torch.equal(made[key], wanted[key]) for key in wanted)
+
+
+def test_the_log_is_written_line_by_line(tmp_path, monkeypatch):
+    """So that a run that nobody's terminal shows can be followed."""
+    seen, begin = [], train.Clips.has_whole_clips
+    monkeypatch.setattr(train.Clips, "has_whole_clips", lambda *given: (
+        seen.append((tmp_path / "log.jsonl").read_text().count("\n")) or begin(*given)))
+    run("teacher", "--preset", "tiny", "--steps", "3", *BRIEF, "--out", tmp_path)
+    assert seen == [0, 1, 2]
 
 
 @pytest.fixture
@@ -757,12 +787,17 @@ def test_videos_become_shards(tmp_path, capsys):
     make = lambda: prepare.prepare(videos, tmp_path / "out", shape, 32, codec, codec, size=2)
     with pytest.raises(KeyboardInterrupt):
         make()
-    assert len(list((tmp_path / "out").glob("000-*.safetensors"))) == 1
+    assert len(list((tmp_path / "out").glob("000-*.safetensors"))) == 2
     assert make() == (5, 3)
-    assert len(calls) == 4 + 3  # two of the first three lay in a shard already
+    assert len(calls) == 4 + 2  # the first three lay in shards already
     (videos / "silent.txt").write_text("clip 0")  # mended
-    assert make() == (6, 2) and len(calls) == 8
+    assert make() == (6, 2) and len(calls) == 7
     said = capsys.readouterr().err
+    assert "newer" not in said
+    os.utime(videos / "more" / "1.txt", (2e9, 2e9))
+    assert make() == (6, 2) and len(calls) == 7
+    told = "1 videos or captions are newer than their clips, which stay as they are, first more/1.mp4"
+    assert told in capsys.readouterr().err
     short = "has 8 frames at 16 frames a second, expected 9"
     assert all(words in said for words in ("no caption in", "is no video", short))
 
