@@ -192,8 +192,8 @@ def update_average(average, weights, updates, decay, ramp=True):
 def time_pairs(batch, shift=1.0, diffusion=0.5, endpoint=0.25, device=None, generator=None):
     """Training times t >= r, each (batch,): the larger and smaller of two uniforms, shifted.
 
-    A share `diffusion` of the batch are anchors, r = t; a share `endpoint` has r = 0. The shares are exact
-    where they divide the batch and hold in the mean where not, down to a batch of one.
+    A share `diffusion` of the batch, the first ones, are anchors, r = t; the next share `endpoint` has r = 0.
+    The shares are exact where they divide the batch, and hold in the mean where not, down to a batch of one.
     """
     draw = lambda *shape: torch.rand(*shape, device=device, generator=generator)
     t, r = shift_time(draw(2, batch), shift).sort(dim=0, descending=True).values

@@ -43,17 +43,14 @@ def load(folder, option, config, kind, stages):
     if folder is None:
         raise ValueError(f"{option} is missing, expected a model folder of stage {' or '.join(stages)}")
     keys = {key: getattr(config, key) for key in CAUSAL if kind == "causal"}
-    model, made = Wan.from_pretrained(folder, kind, **keys), provenance(folder)
+    model = Wan.from_pretrained(folder, kind, **keys)
     for key, wanted in asdict(config).items():
         found = getattr(model.config, key)
         if found != wanted and key in model.config.to_dict() and key != "rope_max_seq_len":
             raise ValueError(f"{option} {folder} has {key} {found}, expected {wanted} as the preset")
-    stage = made.get("stage")
-    if stage not in (None, *stages):
-        raise ValueError(f"{option} {folder} was made by stage {stage}, expected {' or '.join(stages)}")
-    if main_process():
-        origin = f"{made.get('preset')} {stage}" if stage else "of no stage of train.py"
-        print(f"{option} {folder}: {origin}, taken as {model.config.kind}")
+    made = provenance(folder).get("stage")
+    if made not in (None, *stages):
+        raise ValueError(f"{option} {folder} was made by stage {made}, expected {' or '.join(stages)}")
     return model
 
 def base_of(args, recipe):
@@ -76,6 +73,7 @@ def from_folders(stage, recipe, args, config, baseline):
 
     def make(role):
         net, folder = student() if role == "student" else frozen_or_fake(role)
+        tell(role, folder, net.config.kind)
         starts = {}
         if base is not None and str(Path(folder).resolve()) != base:
             known = provenance(folder).get("base") == base and (Path(folder) / ADAPTER).exists()
@@ -86,6 +84,12 @@ def from_folders(stage, recipe, args, config, baseline):
                       f" {recipe.lora} and are kept whole")
         adapt(stage, role, net, recipe, starts)
         return net
+
+    @functools.cache  # once, though the student is made again for the result
+    def tell(role, folder, kind):
+        if folder and main_process():
+            stage, name = map(provenance(folder).get, ("stage", "preset"))
+            print(f"{role}: {kind}, from {folder}" + (f" ({name}, stage {stage})" if stage else ""))
 
     @functools.cache
     def base_weights(config):

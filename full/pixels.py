@@ -205,6 +205,7 @@ def read_video(path, frames, height, width, fps=FPS):
         raise ValueError(f"no file {path}")
     imageio = optional("imageio.v3", "a video file")
     optional("imageio_ffmpeg", "a video file")
+    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # the filter below turns and widens frames
     read, used = [], None
     try:
         # By the frames' own times, which need not be even, and of pixels that need not be square.

@@ -42,7 +42,8 @@ def gamma_of(calls, c=2.0):
 # ---- Densities with exact velocities ---------------------------------------------------------------------
 
 class Mixture:
-    """Equal-weight mixture of K components in the plane, centred, of mean variance one.
+    """Equal-weight mixture of K components in the plane, centred, of mean variance one. Another density needs
+    the same four functions.
 
     shape="gaussian": N(centre, size^2). shape="box": uniform on the square centre +- size.
     Given z_t, the noise of component k has a known posterior; v = E[eps - x | z_t] follows from its mean.
