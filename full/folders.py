@@ -67,6 +67,10 @@ def from_folders(stage, recipe, args, config, baseline):
     """`make` of `networks`: each role from the folder that the command line names for it, what is not
     trained frozen. baseline: whether the stage is one of consistency."""
     causal, base, device = config.kind == "causal", base_of(args, recipe), device_of(args.device)
+    if "balance" not in UNREAD[stage] and recipe.balance and recipe.target == "teacher" and not (
+            baseline or recipe.data_anchors):
+        raise ValueError("balance is true with the teacher's anchors, in which a student that begins as its"
+                         " teacher has no error: expected --balance false or --data-anchors true")
     unread = [f"--{name.replace('_', '-')}" for name in UNREAD[stage] if getattr(args, name) is not None]
     if unread and main_process():
         print(f"stage {stage} does not read {', '.join(sorted(unread))}", file=sys.stderr)

@@ -1042,6 +1042,7 @@ def test_foreign_folders_are_named(story, tmp_path):
                    ["flowmap", *init, "--judge", story["teacher"]],
                    ["flowmap", *init, "--target", "data", "--teacher", story["teacher"]]):
         assert f"stage {unread[0]} with this recipe asks none" in refused(unread[0], *tiny, *unread[1:])
+    assert "no error: expected --balance false" in refused("flowmap", *tiny, *init, "--data-anchors", "false")
 
 
 @pytest.mark.parametrize("options, words", [
