@@ -48,8 +48,8 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
     one for each chunk to be made, the last one for the rest.
     text: (B, L, text_dim). guidance: for teachers; needs null_text, as text. context: given first frames (B,
     f, C, H, W), returned unchanged. chunks, padding: see `stream`. sampler: one of SAMPLERS; by default
-    "euler" for a network of one time, else "flowmap". path: of a bidirectional model, every state, as in
-    `anyflow.sample`. Raises ValueError.
+    "euler" for a network of one time, else "flowmap"; for what `train.py` made, `sampler_of_folder` knows it
+    (and anyflow.json the shift). path: of a bidirectional model, every state. Raises ValueError.
     """
     if model.config.kind == "causal":
         if path:
@@ -81,9 +81,9 @@ def stream(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None
            padding=False, sampler=None, budget=None):
     """The chunks (B, f, C, H, W) of a causal model one by one, given ones first: arguments as of `generate`.
 
-    chunks: frames of each, as many as one likes; not given, the model's own partition as far as noise
-    reaches. padding: see `Wan.new_cache`. budget: seconds for all chunks. The first takes its `steps`, each
-    later one as many calls, 1 to MOST, as fit into its frames' share of the time left.
+    chunks: frames of each, as many as one likes, or else the model's own, as far as noise reaches. padding:
+    see `Wan.new_cache`. budget: seconds for all, pauses counted. The first takes its `steps`, each later one
+    as many calls, 1 to MOST, as fit into its frames' share of the time left. Do not change a chunk in place.
     """
     if model.config.kind != "causal":
         raise ValueError(f"streaming needs a causal model, found kind {model.config.kind!r}")

@@ -14,6 +14,7 @@ from toy.world import (
     KINDS,
     PAINT,
     SIZE,
+    SPEEDS,
     WORLDS,
     Pixels,
     describe,
@@ -239,6 +240,17 @@ def test_velocity_is_that_of_brute_force(extreme, t, half, n):
     for i in (0, 2):
         exact = brute_force(extreme, z[i], t, labels[i], start[i].double(), half, n)
         assert (v[i] - exact).square().mean().sqrt() < 1e-3 * exact.square().mean().sqrt()
+
+
+def test_velocity_of_objects_between_pixels_in_other_frames(monkeypatch):
+    """Of a speed of 1.5 beside one of 1: each clip as alone."""
+    monkeypatch.setitem(SPEEDS, "slow", 1.5)
+    world, labels = WORLDS["stars"], torch.tensor([[0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 2, 0]])
+    z = torch.randn(3, *world.shape)
+    v = world.velocity(z, 0.5, labels)
+    for i in range(3):
+        alone = world.velocity(z[i : i + 1], 0.5, labels[i : i + 1])
+        assert (v[i] - alone[0]).abs().max() < 1e-4
 
 
 def test_velocity_at_pure_noise_is_to_the_prior_mean(extreme):

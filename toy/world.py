@@ -26,7 +26,7 @@ SHAPES = ("disc", "cross")
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y grows downwards
 SPEEDS = {"slow": 1, "fast": 2}  # pixels a frame
 KINDS = (tuple(COLOURS), SHAPES, tuple(DIRECTIONS), tuple(SPEEDS))  # the four words of a prompt
-WORDS = [word for kind in KINDS for word in kind]
+WORDS = [word for kind in KINDS for word in kind]  # trained weights know a word by its place: keep the order
 PAINT = AMPLITUDE * torch.tensor([*COLOURS.values()])
 TEXT_DIM = 32
 
@@ -146,8 +146,9 @@ class World:
         t = torch.as_tensor(t, dtype=torch.float64, device=z.device).clamp(1e-6, 1)
         t = t.reshape(t.shape + (1,) * (2 - t.ndim)).expand(z.shape[:2])
         x, y = torch.zeros(z.shape, dtype=torch.float64, device=z.device), z.double()
-        for shape in labels[:, 1].unique().tolist():
-            for rows in (labels[:, 1] == shape).nonzero()[:, 0].split(32):  # what a cache holds
+        alike = torch.cat([labels[:, 1:2], self.offsets(labels, z.shape[1]).flatten(1) % 1], 1)
+        for kind in alike.unique(dim=0):  # one shape, objects between pixels in the same frames
+            for rows in (alike == kind).all(1).nonzero()[:, 0].split(32):  # what a cache holds
                 x[rows] = Posterior(self, y[rows], t[rows], labels[rows]).mean()
         return ((y - x) / t[:, :, None, None, None]).to(z.dtype)
 
@@ -242,7 +243,8 @@ SLOPES = torch.tensor([100.0, 160.0])
 NEGLIGIBLE = 10.0  # what is less likely than the best by exp of this is left out
 
 class Posterior:
-    """Of start and stars, given noisy clips z (B, F, 3, 12, 12) at times t (B, F), all of one shape."""
+    """Of start and stars, given noisy clips z (B, F, 3, 12, 12) at times t (B, F), all of one shape, with
+    objects that are the same fraction of a pixel off."""
 
     def __init__(self, world, z, t, labels):
         self.shape, frames, s = labels[0, 1], z.shape[1], (1 - t) / t
