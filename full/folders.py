@@ -13,7 +13,8 @@ from full.options import device_of
 from full.parallel import adapt, main_process
 from model import Wan
 
-# From which stages each stage may start.
+# From which stages each stage may start. One of your own has a row here and in UNREAD, STAGES and RECIPES,
+# and a branch in `networks` below and in `loss_from_data` of train.py.
 BEFORE = {"teacher": ("teacher",), "flowmap": ("teacher", "flowmap", "onpolicy"),
           "onpolicy": ("flowmap", "onpolicy"), "consistency": ("teacher",)}
 

@@ -31,8 +31,10 @@ from full.options import command, positive, seed_value
 from toy import plots
 
 NFE = [1, 2, 4, 8, 16, 32, 64]  # network calls, each a divisor of the next: the grids are nested
-# anyflow-control: as many more steps of stage 1 as stage 2 has; anyflow-gamma: anyflow's network, re-noised
-METHODS = ["teacher", "consistency", "anyflow-forward", "anyflow-control", "anyflow", "anyflow-gamma"]
+# teacher-heun: the teacher by a better solver than Euler's; anyflow-control: as many more steps of stage 1 as
+# stage 2 has; anyflow-gamma: anyflow's network, re-noised
+METHODS = ["teacher", "teacher-heun", "consistency", "anyflow-forward", "anyflow-control", "anyflow",
+           "anyflow-gamma"]
 
 def gamma_of(calls, c=2.0):
     """The more jumps, the less noise after each. On seeds 10 and 11, c of 0 to 2 are level, 4 and 8 worse."""
@@ -265,9 +267,10 @@ def train(density, methods, steps, batch, seed, exact_teacher=False, undone=(), 
                     for name, net in (("student", forward), ("fake", trained))}
         seconds["anyflow"] = on_policy(learners, velocity, flow_map_loss, batch, recipe)
         nets["anyflow"] = learners["student"].average
-    if "anyflow-gamma" in methods:
-        nets["anyflow-gamma"], seconds["anyflow-gamma"] = nets["anyflow"], seconds["anyflow"]
-    return nets, seconds
+    for name, same in (("anyflow-gamma", "anyflow"), ("teacher-heun", "teacher")):
+        if name in methods:
+            nets[name], seconds[name] = nets[same], seconds[same]
+    return {name: nets[name] for name in [*given, *METHODS] if name in nets}, seconds
 
 def on_policy(learners, judge, flow_map_loss, batch, recipe):
     """Stage 2 of learners["student"], judged by the teacher, with learners["fake"]. Returns seconds."""
@@ -297,6 +300,19 @@ def on_policy(learners, judge, flow_map_loss, batch, recipe):
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------
+
+def heun(model, noise, calls, **_):
+    """A teacher's states (steps + 1, B, 2), by Heun's method: two calls a step; with one call, Euler's."""
+    states, grid = [noise], anyflow.time_grid(max(1, calls // 2)).float()
+    velocity = lambda t: model(z, *2 * [t.expand(len(z))])
+    for t, r in zip(grid[:-1], grid[1:]):
+        z = states[-1]
+        slope = velocity(t)
+        if calls > 1:
+            z = z - (t - r) * slope
+            slope = (slope + velocity(r)) / 2
+        states.append(states[-1] - (t - r) * slope)
+    return torch.stack(states)
 
 class Ruler:
     """What all methods of one seed are measured with: noise, exact paths of some of it, the density's CDF.
@@ -333,9 +349,9 @@ class Ruler:
         grid = anyflow.time_grid(16) ** 2  # to 1e-4 what 64 even steps give
         return self.swd(self.density.flow(self.noise[: self.points], grid, 1, velocity)[-1].float())
 
-    def sample(self, net, n, points, gamma, **options):
+    def sample(self, net, n, points, gamma, sampler=anyflow.sample, **options):
         """Samples (points, 2) in n calls, and what the traced points visit, (n + 1, traced, 2)."""
-        parts = [anyflow.sample(net, z, n, gamma=gamma, path=True, **options)
+        parts = [sampler(net, z, n, gamma=gamma, path=True, **options)
                  for z in self.noise[:points].split(2048)]
         return torch.cat([part[-1] for part in parts]), parts[0][:, : self.exact.shape[1]]
 
@@ -351,12 +367,13 @@ class Ruler:
         for n in NFE:
             gamma = {"consistency": 1.0, "anyflow-gamma": gamma_of(n)}.get(method, 0.0)
             points = len(self.noise) if method in ("consistency", "anyflow-gamma") else self.points
-            x, visited = self.sample(net, n, points, gamma, average=method != "teacher")
+            sampler = heun if method == "teacher-heun" else anyflow.sample
+            x, visited = self.sample(net, n, points, gamma, sampler, average=method != "teacher")
             samples.append(x)
             states.append(visited)
             scores["swd"].append(self.swd(x))
             # RMS distance of the states visited after the noise to the exact ODE states at the same times
-            error = visited[1:] - self.exact[:: NFE[-1] // n][1:]
+            error = visited[1:] - self.exact[:: NFE[-1] // (len(visited) - 1)][1:]
             scores["path_error"].append(error.square().sum(-1).mean().sqrt().item())
         for x in samples:  # mean distance to the method's own 64-call sample from the same noise
             scores["budget_drift"].append((x - samples[-1]).norm(dim=-1).mean().item())

@@ -13,6 +13,7 @@ from toy.world import rgb
 # Okabe-Ito: told apart by colour-blind readers; markers and dashes tell them apart in grey.
 STYLE = {
     "teacher": dict(color="#009E73", marker="s", linestyle=":", label="teacher (Euler)"),
+    "teacher-heun": dict(color="#009E73", marker="x", linestyle="-.", label="teacher (Heun)"),
     "consistency": dict(color="#D55E00", marker="^", linestyle="--", label="consistency"),
     "anyflow-forward": dict(color="#56B4E9", marker="v", linestyle="-.", label="AnyFlow, stage 1"),
     "anyflow-control": dict(color="#666666", marker="d", linestyle="-.", label="control: stage 1, longer"),
@@ -125,7 +126,8 @@ def decide(results):
           lambda a: a[-1] > 1.5 * min(a), "consistency")
     claim("AnyFlow is any-step: no budget is worse than 1.1 times the best of the smaller ones",
           lambda a: all(a[i] <= 1.1 * min(a[:i]) for i in range(1, len(nfe))), "anyflow")
-    for name, other in (("its teacher", "teacher"), ("consistency", "consistency")):
+    for name, other in (("its teacher, by Euler's method,", "teacher"), ("consistency", "consistency"),
+                        ("its teacher, by Heun's method,", "teacher-heun")):
         claim(f"AnyFlow is better than {name} at every number of calls",
               lambda a, b: all(x < y for x, y in zip(a, b)), "anyflow", other)
     for text, other in (("on-policy training", "anyflow-forward"),
@@ -165,7 +167,7 @@ def quality(results, path):
         axes[0].text(nfe[0], 0.95 * results[key], name, fontsize=8, va="top")
     axes[0].set_ylim(bottom=0.7 * results["floor"])
     axes[0].set_ylabel("better  ←  data units")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, ncols=6, loc="upper center",
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, ncols=7, loc="upper center",
                   bbox_to_anchor=(0.5, -0.02))
     seeds = _count(len(next(iter(methods.values()))["swd"][0]), "seed")
     bands = ": lines are medians, bands the range" if seeds != "1 seed" else ""
@@ -210,7 +212,7 @@ def trajectories(exact, states, nfe, path, budgets=(1, 2, 4, 16), count=16):
 def sample_grid(target, samples, nfe, path, budgets=(1, 2, 4, 8, 64)):
     """Density of samples {name: [(B, 2) per nfe]} by method (rows) and calls (columns), beside the data's:
     of as many points in every panel, on one scale."""
-    names = [name for name in STYLE if name in samples and name != "anyflow-control"]
+    names = [name for name in STYLE if name in samples and name not in ("teacher-heun", "anyflow-control")]
     limit, count = 1.15 * target.abs().max().item(), len(target)
     root = lambda cloud: np.sqrt(np.histogram2d(*cloud[:count].numpy().T, 64, [[-limit, limit]] * 2)[0].T)
     figure, axes = _grid(names, [*map(_count, budgets), "data"], (1.85, 1.95), limit)
