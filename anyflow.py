@@ -241,7 +241,7 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
 
     t, r, noise: drawn by `time_pairs` and from the normal if not given; t - r is one for all frames of a
     sample. weight: a function of t, or else `time_weight`. balance (None: if anchors are the data's) and
-    anchor_sums: see `_balance`. parts: also returns (B,), before both, squared errors / g^2, and who jumps.
+    anchor_sums: see `_balance`. parts: also returns squared errors / g^2 (B,), unweighted, and which jump.
     """
     if (t is None) != (r is None):
         raise ValueError(f"found only {'t' if r is None else 'r'}, expected both t and r or neither")

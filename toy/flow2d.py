@@ -304,14 +304,12 @@ def on_policy(learners, judge, flow_map_loss, batch, recipe):
 def heun(model, noise, calls, **_):
     """A teacher's states (steps + 1, B, 2), by Heun's method: two calls a step; with one call, Euler's."""
     states, grid = [noise], anyflow.time_grid(max(1, calls // 2)).float()
-    velocity = lambda t: model(z, *2 * [t.expand(len(z))])
+    velocity = lambda z, t: model(z, *2 * [t.expand(len(z))])
     for t, r in zip(grid[:-1], grid[1:]):
-        z = states[-1]
-        slope = velocity(t)
+        z, v = states[-1], velocity(states[-1], t)
         if calls > 1:
-            z = z - (t - r) * slope
-            slope = (slope + velocity(r)) / 2
-        states.append(states[-1] - (t - r) * slope)
+            v = (v + velocity(z - (t - r) * v, r)) / 2
+        states.append(z - (t - r) * v)
     return torch.stack(states)
 
 class Ruler:
