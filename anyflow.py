@@ -107,7 +107,7 @@ def jump(model, z, t, r, **cond):
     return (z - _expand(t - r, z) * u).to(z.dtype)
 
 def guided(model, z, t, r, guidance=1.0, null=None, **cond):
-    """Classifier-free guidance, two calls: u_null + g (u_cond - u_null); for g = 1 the conditional call."""
+    """Classifier-free guidance, meant for r = t: u_null + g (u_cond - u_null), two calls; one for g = 1."""
     u = model(z, t, r, **cond)
     if guidance == 1:
         return u
@@ -129,17 +129,17 @@ def sample(model, noise, steps, *, shift=1.0, guidance=1.0, null=None, average=T
     gamma in [0, 1] returns to noise after every jump, see `_visit`: 0 stays on the ODE path, 1 is eq. (6).
     Returns the sample (as noise), or with path=True every state, (steps + 1, B, ...). Raises ValueError.
     """
-    def velocity(z, t, r, **cond):
+    def u(z, t, r, **cond):
         return guided(model, z, t, r if average else t, guidance, null, **cond)
 
-    states = _visit(velocity, noise, time_grid(steps, shift).tolist(), gamma, **cond)
+    states = _visit(u, noise, time_grid(steps, shift).tolist(), gamma, **cond)
     return torch.stack(states) if path else states[-1]
 
 def _visit(model, z, grid, gamma=0.0, **cond):
     """The states at the times of a falling grid, z at the first of them: one jump, one network call each.
 
-    With gamma, a jump from t goes below r, to s = (1 - gamma) r, and FRESH noise leads back up to r, as in
-    Trajectory Consistency Distillation (2402.19159): z_r = a z_s + sqrt(r^2 - a^2 s^2) eps', a = (1-r)/(1-s).
+    With gamma, a jump from t ends below r, at s = (1 - gamma) r, and FRESH noise leads up to r (2402.19159):
+    z_r = a z_s + sqrt(r^2 - a^2 s^2) eps', a = (1 - r)/(1 - s). Errors shrink by a, but jumps are longer.
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma is {gamma}, expected a number in [0, 1]")
@@ -183,17 +183,17 @@ def update_average(average, weights, updates, decay, ramp=True):
 
 
 # ---- 4. Stage 1: forward flow-map training -----------------------------------------------------------------
-# Multiply (1) by t - r and differentiate along the path, r held fixed:
+# By (1), (t - r) u = integral_r^t v ds. Differentiated along the path, r fixed: u + (t - r) du/dt = v, or
 #     u(z_t, t, r) = v(z_t, t) - (t - r) du/dt,     du/dt = d_t u + v . grad_z u                           (3)
-# (MeanFlow, 2505.13447). The target is the right-hand side, computed with the present weights, without
-# gradient. It is linear in v, so eps - x, whose mean given z_t is v, may stand for v. Where r = t, it is flow
-# matching: half of every batch are such ANCHORS, while the other half learns to JUMP.
+# (MeanFlow, 2505.13447). The right side is the target, a constant: only the left side's call has a gradient.
+# It is linear in v, so eps - x, whose mean given z_t is v, may stand for v. Where r = t, it is flow matching:
+# half of a batch are such ANCHORS. Without them errors of JUMPS, the other half, spoil v (toy/README.md).
 
 def time_pairs(batch, shift=1.0, diffusion=0.5, endpoint=0.25, device=None, generator=None):
     """Training times t >= r, each (batch,): the larger and smaller of two uniforms, shifted.
 
-    A share `diffusion` of the batch, the first ones, are anchors, r = t; the next share `endpoint` has r = 0.
-    The shares are exact where they divide the batch, and hold in the mean where not, down to a batch of one.
+    A share `diffusion` of the batch, the first ones, are anchors, r = t; the next share `endpoint` has r = 0,
+    where every run ends. Shares are exact where they divide the batch, and elsewhere hold in the mean.
     """
     draw = lambda *shape: torch.rand(*shape, device=device, generator=generator)
     t, r = shift_time(draw(2, batch), shift).sort(dim=0, descending=True).values
@@ -210,10 +210,10 @@ def central_difference(model, z, v, t, r, eps=0.005, **cond):
     """du/dt of eq. (3), shaped as z: [u(z + e v, t + e, r) - u(z - e v, t - e, r)] / 2e, no gradient.
 
     It is the mean of du/dt from t - e to t + e: for a network smooth at that scale the derivative, to O(e^2).
-    That of sin(w t) comes out times sin(w e)/(w e): for the fastest sinusoid of Wan's time embedding (w 1000)
-    and the published e = 0.005, times -0.19. Forwards are all it needs; a Jacobian-vector product fails in
-    flash and flex attention (and FSDP2 up to torch 2.11). t + e and t - e share one call, in [0, 1]: next to
-    0 and 1 the difference is one-sided, to O(e). z should be float32: bfloat16 rounds e v away.
+    Of sin(a t) it gives the derivative times sin(a e)/(a e): with the published e = 0.005 and the fastest
+    sinusoid of Wan's time embedding, a = 1000, times -0.19. It needs forwards alone: Jacobian-vector products
+    fail in flash and flex attention (and FSDP2 up to torch 2.11). One call takes both times, clamped: next to
+    0 and 1 the difference is one-sided, to O(e). z and weights should be float32: bfloat16 rounds e v away.
     """
     t, r = as_times(z, t, r)
     later, earlier = (t + eps).clamp(max=1), (t - eps).clamp(min=0)
@@ -232,15 +232,15 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     teacher: a network whose velocity the target has, with less variance than the data's eps - x.
     data_anchors: the teacher's velocity is for the jumps only, and anchors keep the data's.
 
-    guidance g fuses guidance into the student, which is then sampled without, at half the cost. Its velocity
-    is g v + (1 - g) v_null, with the student's own v_null, which the dropped prompts train. Of two forms,
+    guidance g is built into the student: it is then sampled without, at half the cost. Its velocity becomes
+    g v + (1 - g) v_null, v_null its own at `null`, learnt where cond IS null (drop some). Of two forms,
         "published"   u = g v + (1 - g) u(z_t, t, r; null) - (t - r) du/dt,   du/dt along v,
         "consistent"  u = v' - (t - r) du/dt, v' = g v + (1 - g) u(z_t, t, t; null), du/dt along v',
     equal at r = t. The fixed point of the second is the guided ODE's flow map; that of the first mixes in the
     null prompt's (`python tests/guidance.py`). A teacher gives v' of the second with its own null branch.
 
-    t, r, noise: drawn by `time_pairs` and from the normal if not given; t - r is one for all frames of a
-    sample. weight: a function of t, or else `time_weight`. balance (None: if anchors are the data's) and
+    t, r, noise: drawn by `time_pairs` and from the normal if not given; all frames of a sample have the same
+    t - r. weight: a function of t, or else `time_weight`. balance (None: if anchors are the data's) and
     anchor_sums: see `_balance`. parts: also returns squared errors / g^2 (B,), unweighted, and which jump.
     """
     if (t is None) != (r is None):
@@ -265,7 +265,7 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
             v = guide(v, t)
         if teacher is not None:
             of_teacher = guided(teacher, z, t, t, guidance if form == "consistent" else 1, null, **cond)
-            v = torch.where(_expand(jumps, z) | (not data_anchors), of_teacher, v)
+            v = torch.where(_expand(jumps, z), of_teacher, v) if data_anchors else of_teacher
         du = _derivative_of_jumps(model, z, v, t, r, jumps, eps, **cond)
         target = (guide(v, r) if form == "published" else v) - (_expand(t - r, z) * du).to(v.dtype)
 
@@ -291,11 +291,11 @@ def _each_tensor(cond, function):
     if isinstance(cond, dict):
         return {key: _each_tensor(value, function) for key, value in cond.items()}
     if isinstance(cond, (list, tuple)):
-        return type(cond)(_each_tensor(value, function) for value in cond)
+        return getattr(cond, "_make", type(cond))(_each_tensor(value, function) for value in cond)
     return function(cond) if torch.is_tensor(cond) else cond
 
 def _balance(loss, jumps, sums=None, tiny=1e-5):
-    """Losses (B,), each jump's rescaled to the mean of the anchors': l * mean / l, the factor a constant.
+    """Losses (B,), each jump's l times the constant mean / l, the anchors' mean: jumps do not drown anchors.
 
     It cancels w(t) of a jump (if a sample has one time). Every jump then logs the same loss: `parts` returns
     the true errors. It needs samples of many numbers (over a point's two, 1/l is noise) and anchors from
@@ -328,7 +328,7 @@ def sum_over_processes(x):
 def backward_simulation(model, noise, grid, k, **cond):
     """x_hat (as noise) by eq. (4), with gradient through all its calls: at most three, without empty jumps.
 
-    noise: (B, ...) at t = 1. grid: of `time_grid`. k: which of its steps is made, 0 <= k < steps.
+    noise: (B, ...) at t = 1. grid: of `time_grid`; k: one of its steps, 0 <= k < steps. Draw both anew.
     """
     return _visit(model, noise, sorted({1.0, *_step(grid, k), 0.0}, reverse=True), **cond)[-1]
 
@@ -341,9 +341,10 @@ def dmd_loss(x_hat, judge, fake, *, t=None, noise=None, shift=1.0, guidance=1.0,
              **cond):
     """Distribution matching (DMD, 2311.18828): its gradient moves samples x_hat (B, ...) to the teacher's.
 
-    With x0 = z_t - t v(z_t, t), the clean sample that a network expects, KL(student || teacher) at time t has
-    the gradient (1 - t)^2 / t^2 (x0_fake - x0_judge); DMD weighs it as in (5). `judge` is the frozen teacher,
-    with guidance; `fake` knows the student's samples. Loss: mean (x_hat - stopgrad(x_hat - grad))^2,
+    A network expects x0 = z_t - t v(z_t, t) behind z_t; its score is ((1 - t) x0 - z_t) / t^2. By x_hat, the
+    gradient of KL(student || teacher) at time t is (1 - t) (score_fake - score_judge), or (1 - t)^2 / t^2
+    (x0_fake - x0_judge); (5) weighs it otherwise. `judge` is the frozen teacher, with guidance; `fake` starts
+    as its copy and learns the student's samples. Loss: mean (x_hat - stopgrad(x_hat - grad))^2,
         grad = (x0_fake - x0_judge) / mean|x_hat - x0_judge|                                               (5)
 
     t, noise: uniform, then shifted, and normal if not given. guidance: as in `guided`, 4 for the release's
@@ -389,9 +390,8 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
     batches                what each backward pass takes: a batch, or its micro-batches one by one
     fresh(i)               such batches for the i-th update of the fake score; None: those of `batches` again
     stage_1(batch)         the loss of stage 1, a scalar with gradient
-    rollout(batch)         four: x_hat with gradient; a dict of `dmd_loss`'s options; a function, of i, for
-                           one of `fake_score_loss`'s options in the i-th update; and a dict, cond, of what
-                           judge and fake score are given
+    rollout(batch)         x_hat, with gradient; dict dmd_options of `dmd_loss`; fake_options(i), a dict of
+                           `fake_score_loss` in update i; dict cond, which judge and fake score are given
     backward(name, loss)   adds the gradients of a loss: "loss" (stage 1), "dmd" or "fake"
     update(name)           takes a step with the gradients of "student" or "fake", and clears them
     """
@@ -413,7 +413,7 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
 # ---- 6. The baseline: consistency distillation -------------------------------------------------------------
 # It learns only r = 0: f(z, t) = Phi_{0<-t}(z). To take several steps it must return to noise after each,
 #     x = f(z_t, t),     z_r = (1 - r) x + r eps'   with FRESH noise eps',                                 (6)
-# which leaves the ODE path: the sample forgets where it came from, and every step adds an error of its own.
+# which leaves the ODE path. More steps make AnyFlow's jumps shorter; these go to 0, each with its error.
 
 def consistency_sample(model, noise, steps, *, shift=1.0, path=False, **cond):
     """From noise (B, ...) to a sample by eq. (6) in `steps` calls. path=True: every state, as in `sample`."""

@@ -8,8 +8,9 @@ who sees whom:
     causal, inference   [one chunk]                                            sees itself and the KV cache
     causal, training    [compressed past | clean window | noisy window]        by chunk, `rows_of_chunks`
 
-A CHUNK is a run of latent frames that a causal model makes together, from noise, after the chunks before it.
-Parameters and config keys have the names of diffusers: published folders load, and what is saved opens there.
+A causal model makes a CHUNK of latent frames together, from noise, after earlier chunks: it sees the newest
+of these, the WINDOW, in full, those before COMPRESSED into larger patches. Parameters and config keys have
+diffusers' names: published folders load, and what is saved opens there.
 Latents are (B, F, C, H, W), text embeddings (B, L, text_dim), times float, (B,) or (B, F) in [0, 1].
 Sources: Wan (2503.20314), FAR (2503.19325), AnyFlow (2605.13724).
 """
@@ -26,10 +27,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from anyflow import as_times
-from full import files
-from full.compile import keep_self_attention, lean
+from full import files  # model folders
+from full.compile import keep_self_attention, lean  # lean(norm, x) is norm(x), with less kept for going back
 from full.lora import merged_state
-from full.options import check, option
+from full.options import check, option  # option(default, meaning, limits): a field of a dataclass
 
 CLASSES = {
     "teacher": "WanTransformer3DModel",
@@ -38,7 +39,7 @@ CLASSES = {
 }
 
 
-# ---- Config ----------------------------------------------------------------------------------------------
+# ---- Config (its reading and checking may wait) ----------------------------------------------------------
 
 SIZE, COUNT, PATCH = dict(low=1, high=2**17), dict(low=1, high=1024), dict(low=1, high=1024, length=3)
 STUDENT, CAUSAL = dict(kinds=("anyflow", "causal")), dict(kinds=("causal",))
@@ -206,7 +207,7 @@ class ConditionEmbedder(nn.Module):
         return e, self.time_proj(F.silu(e).to(self.time_proj.weight.dtype)).unflatten(-1, (6, -1))
 
     def sinusoid(self, t):
-        """cos, then sin, of 1000 t times frequencies that fall from 1 towards 1/10000: (..., freq_dim)."""
+        """cos, then sin, of Wan's time, 1000 t, times frequencies from 1 towards 1/10000: (..., freq_dim)."""
         angles = 1000 * t.float()[..., None] * self.frequencies(t.device)
         return torch.cat([angles.cos(), angles.sin()], -1)
 
@@ -242,7 +243,7 @@ class Attention(nn.Module):
         else:
             lengths, columns = rows
             q, k, v = (y.split(lengths, 1) for y in (q, k, v))
-            seen = lambda y, row: torch.cat([y[i] for i in row], 1)  # made row by row: all at once are large
+            seen = lambda y, row: torch.cat([y[i] for i in row], 1)  # row by row: all at once are large
             x = [attention(query, seen(k, row), seen(v, row)) for query, row in zip(q, columns)]
             x = torch.cat(x, 1)
         return self.to_out[0](x.flatten(2))
@@ -305,7 +306,7 @@ class Block(nn.Module):
         if blank:
             k, v = (F.pad(y, (0, 0, 0, 0, 0, blank)) for y in (k, v))
         x = gated(x, self.attn1.attend(rotate(self.attn1.query(h), rope), k, v, rows), gate, spans)
-        del h, k, v
+        del h, k, v  # their memory is free before the next attention
 
         h = self.norm2(x)
         text = self.attn2.key_value(text) if torch.is_tensor(text) else text
@@ -318,7 +319,7 @@ def modulate(x, shift, scale, spans, eps):
     """LayerNorm(x) (1 + scale) + shift in float32; x (B, N, width), shift, scale (B, f, width) by frame."""
     h = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     groups = zip(of_frames(shift, spans), of_tokens(h, spans), of_frames(1 + scale, spans))
-    return joined([torch.addcmul(*group) for group in groups]).to(x.dtype)
+    return joined([torch.addcmul(a, b, c) for a, b, c in groups]).to(x.dtype)  # a + b c
 
 def gated(x, y, gate, spans):
     """x + gate y in float32; x, y (B, N, width), gate (B, f, width) by frame."""
@@ -502,8 +503,8 @@ class Wan(nn.Module):
         for chunk in new:
             self._check(chunk, text, None, None, cache)
         text = self.embed_text(text) if torch.is_tensor(text) else text
-        window, leave = cache.window + new, len(cache.window + new) + 1 - self.config.full_chunk_limit
-        old, cache.window = window[: max(0, leave)], window[max(0, leave) :]
+        leave = max(0, len(cache.window + new) + 1 - self.config.full_chunk_limit)  # 1: the chunk to come
+        old, cache.window = (cache.window + new)[:leave], (cache.window + new)[leave:]
         if old:
             n, cache.frames = cache.compressed_tokens, cache.compressed_frames
             cache.past = [(k[:, :n], v[:, :n]) for k, v in cache.past] if n else None

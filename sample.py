@@ -37,7 +37,7 @@ from model import Wan
 from toy import world
 
 TOO_LARGE = "Fewer --frames, --height and --width need less; python -m full.plan says how much a clip needs."
-MOST = 64  # calls that a chunk has use for
+MOST = 64  # calls a chunk, with a budget
 EXAMPLE = Path(__file__).parent / "toy" / "weights" / "causal-anyflow"
 
 def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=None, context=None, chunks=None,
@@ -61,7 +61,7 @@ def generate(model, text, noise, steps, *, shift=5.0, guidance=1.0, null_text=No
     given = given_frames(context, noise)
 
     def held(z, t, r, text):
-        """The model, shown given frames as they are, at t = 0, but with the others' r, as published."""
+        """The model, which sees given frames clean, at t = 0, but at the other frames' r, as published."""
         z = torch.cat([context.to(z.dtype), z[:, given:]], 1)
         t = torch.where(torch.arange(z.shape[1], device=z.device) < given, 0, t[:, None])
         return model(z, t, r[:, None].expand(z.shape[:2]), text)
@@ -156,7 +156,7 @@ def sampler_of_stage(stage, rollout):
     return {"teacher": "euler", "consistency": "consistency"}.get(stage)
 
 def partition(frames, chunks):
-    """The first of the chunks, that sum to this many frames."""
+    """As many of the first chunks as have this many frames together."""
     for i in range(1, len(chunks) + 1):
         if sum(chunks[:i]) == frames:
             return tuple(chunks[:i])

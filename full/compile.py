@@ -1,10 +1,12 @@
-"""For speed and memory: blocks compiled by torch, and what a backward pass keeps of a block."""
+"""For speed and memory: blocks compiled by torch, and what a backward pass keeps of a block and a rollout."""
 
 import functools
 import os
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from anyflow import jump
 
 GRAPHS = 128  # that one function may have: for each number of chunks, with and without gradient
 
@@ -43,6 +45,31 @@ def lean(norm, x):
     """norm(x). Where that takes several kernels, the backward pass keeps x alone, not x / RMS too."""
     several = not (x.is_cuda or x.dtype.itemsize < 4 or torch.compiler.is_compiling())
     return LeanNorm.apply(x, norm.weight, norm.eps) if several and x.requires_grad else norm(x)
+
+class Again:
+    """A student in one part of a rollout: called without a graph, and once more, with one, by `go_back`.
+
+    So a backward pass through a rollout takes the memory of one call. It comes after the loss's, within which
+    FSDP2 would keep every block gathered. past: the chunks before this part, of a causal student.
+    """
+
+    def __init__(self, student, text, past):
+        self.student, self.text, self.past, self.calls = student, text, past, []
+
+    def __call__(self, z, t, r, **cond):
+        if torch.is_grad_enabled():
+            self.calls.append((z.detach().requires_grad_(), t, r))
+        with torch.no_grad():
+            return self.student(z, t, r, **cond)
+
+    def go_back(self, gradient):
+        """From the gradient of the part's result through its calls, the last first, to the weights."""
+        net, cond = self.student, {"text": self.text}
+        if self.calls and net.config.kind == "causal":
+            cond["cache"] = net.extend(net.new_cache(), self.past, self.text)
+        for z, t, r in reversed(self.calls):
+            jump(net, z, t, r, **cond).backward(gradient)
+            gradient = z.grad
 
 def what_needs_less(recipe, stage, preset):
     """For a training that ran out of memory: the options that it does not use yet."""

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from collections import namedtuple
 
 import guidance
 import numpy
@@ -499,16 +500,20 @@ def test_fused_guidance_as_the_paper_writes_it(form):
     assert all(torch.allclose(a, b) for a, b in zip(*grads))
 
 
-def test_prompts_stay_with_their_samples_in_a_list_too():
+@pytest.mark.parametrize("held", [lambda p: [p], lambda p: ("a name", p), lambda p: {"deep": [p]},
+                                  namedtuple("Prompt", "text")])
+def test_prompts_stay_with_their_samples_however_they_are_held(held):
     def model(z, t, r, prompt):
-        return prompted(z, t, r, prompt[0] if isinstance(prompt, list) else prompt)
+        while not torch.is_tensor(prompt):
+            prompt = prompt["deep"] if isinstance(prompt, dict) else prompt[-1]
+        return prompted(z, t, r, prompt)
 
     x, noise = torch.randn(2, 8, 2, dtype=torch.float64)
     _, t, r = draw(8)
     r[::2] = t[::2]
     prompt = torch.randn(8, 1, dtype=torch.float64)
     options = dict(t=t, r=r, noise=noise)
-    one, other = (anyflow.flow_map_loss(model, x, prompt=p, **options) for p in (prompt, [prompt]))
+    one, other = (anyflow.flow_map_loss(model, x, prompt=p, **options) for p in (prompt, held(prompt)))
     assert torch.equal(one, other)
 
 

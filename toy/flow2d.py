@@ -41,7 +41,7 @@ def gamma_of(calls, c=2.0):
     return min(1.0, c / calls)
 
 
-# ---- Densities with exact velocities ---------------------------------------------------------------------
+# ---- Densities with exact velocities (how they are found may wait) ---------------------------------------
 
 class Mixture:
     """Equal-weight mixture of K components in the plane, centred, of mean variance one. Another density needs
@@ -142,7 +142,7 @@ DENSITIES = {"checkerboard": checkerboard, "mixture": mixture, "spiral": spiral}
 # ---- The network, and the loop that trains it ------------------------------------------------------------
 
 class MLP(nn.Module):
-    """u(z, t, r) for points z (B, 2), times (B,). Two time embedders and a fixed gate, as in the DiT."""
+    """u(z, t, r) for points z (B, 2), times (B,). Two time embedders and a fixed gate, as in `model.py`."""
 
     def __init__(self, width=64, depth=4, gate=0.25):
         super().__init__()
@@ -203,7 +203,7 @@ def repeat(stage, steps, one_step):
             bar.set_postfix_str(f"loss {loss:.4f}")
     return time.perf_counter() - start
 
-# Our choices and the paper's, where they differ: those of stage 1, then those of stage 2
+# Where we differ from the paper, (our choice, the paper's): those of stage 1, then those of stage 2
 RECIPE = {
     "velocity": ("teacher", "data"),  # v in stage 1's target
     # An error at small t lands on the sample, and no later step mends it: so small t weighs more. The paper's
@@ -224,7 +224,7 @@ def train(density, methods, steps, batch, seed, exact_teacher=False, undone=(), 
     """The stages of the paper, in order, but for networks given. Returns {name: network}, {name: seconds}."""
     torch.manual_seed(seed)
     random.seed(seed)
-    recipe = {name: pair[name in undone] for name, pair in RECIPE.items()}
+    recipe = {name: paper if name in undone else ours for name, (ours, paper) in RECIPE.items()}
     wanted = {"teacher", *methods} | {"anyflow-forward" for name in methods if name.startswith("anyflow")}
     nets, seconds = dict(given), {}
     data = lambda: density.sample(batch)
@@ -264,7 +264,7 @@ def train(density, methods, steps, batch, seed, exact_teacher=False, undone=(), 
     fit("anyflow-control", forward, lambda model, _: flow_map_loss(model), recipe["rate"], more, **gentle)
     if "anyflow" in methods or "anyflow-gamma" in methods:
         learners = {name: Learner(net, recipe["rate"], more, **gentle)
-                    for name, net in (("student", forward), ("fake", trained))}
+                    for name, net in (("student", forward), ("fake", trained))}  # it starts as the teacher
         seconds["anyflow"] = on_policy(learners, velocity, flow_map_loss, batch, recipe)
         nets["anyflow"] = learners["student"].average
     for name, same in (("anyflow-gamma", "anyflow"), ("teacher-heun", "teacher")):
@@ -276,11 +276,11 @@ def on_policy(learners, judge, flow_map_loss, batch, recipe):
     """Stage 2 of learners["student"], judged by the teacher, with learners["fake"]. Returns seconds."""
     student, fake = learners["student"].model, learners["fake"].model
 
-    def rollout(batch):
+    def rollout(size):  # a batch is its size here
         grid = anyflow.time_grid(random.choice(recipe["rollout"]))
         k = random.randrange(len(grid) - 1)
-        x_hat = anyflow.backward_simulation(student, torch.randn(batch, 2), grid, k)
-        t = 0.02 + (recipe["dmd-times"] - 0.02) * torch.rand(batch)
+        x_hat = anyflow.backward_simulation(student, torch.randn(size, 2), grid, k)
+        t = 0.02 + (recipe["dmd-times"] - 0.02) * torch.rand(size)
         dmd_options = dict(t=t, per_sample=recipe["dmd-mean"] == "sample")
         return x_hat, dmd_options, lambda i: dict(repeats=recipe["fake-noises"]), {}
 
@@ -304,7 +304,7 @@ def on_policy(learners, judge, flow_map_loss, batch, recipe):
 def heun(model, noise, calls, **_):
     """A teacher's states (steps + 1, B, 2), by Heun's method: two calls a step; with one call, Euler's."""
     states, grid = [noise], anyflow.time_grid(max(1, calls // 2)).float()
-    velocity = lambda z, t: model(z, *2 * [t.expand(len(z))])
+    velocity = lambda z, t: model(z, t.expand(len(z)), t.expand(len(z)))
     for t, r in zip(grid[:-1], grid[1:]):
         z, v = states[-1], velocity(states[-1], t)
         if calls > 1:
@@ -460,7 +460,7 @@ def run(args):
             entry["train_seconds"] = statistics.median(seconds[name])  # of this stage alone
             if name in ("anyflow-forward", "anyflow"):
                 results["best_times"].setdefault(name, []).append(ruler.best_times(net))
-        learnt = lambda z, t, net=nets["teacher"]: net(z.float(), *2 * [t.float()[None]]).double()
+        learnt = lambda z, t, net=nets["teacher"]: net(z.float(), t.float()[None], t.float()[None]).double()
         floors.append((ruler.floor, ruler.floor_ode, ruler.of_ode(learnt)))
         results |= zip(("floor", "floor_ode", "floor_teacher"), map(statistics.median, zip(*floors)))
         results["claims"] = plots.decide(results)

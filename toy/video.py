@@ -45,8 +45,7 @@ STORY = {
     "causal-teacher": "teacher --preset tiny-causal",
     "bidirectional-teacher": "teacher --preset tiny --init causal-teacher --steps 6000",
     "causal-anyflow-forward": "flowmap --preset tiny-causal --init causal-teacher",
-    "causal-anyflow": "onpolicy --preset tiny-causal --init causal-anyflow-forward --teacher causal-teacher"
-                      " --judge causal-teacher",
+    "causal-anyflow": "onpolicy --preset tiny-causal --init causal-anyflow-forward --teacher causal-teacher",
     "causal-consistency": "consistency --preset tiny-causal --init causal-teacher",
     "bidirectional-anyflow-forward": "flowmap --preset tiny --init bidirectional-teacher",
     "bidirectional-anyflow": "onpolicy --preset tiny --init bidirectional-anyflow-forward"

@@ -109,11 +109,11 @@ class World:
         return (torch.from_numpy(np.stack(u)) < self.stars).float().unflatten(1, size)
 
     def offsets(self, labels, frames=None):
-        """How far the object has come at each frame f, velocity f + gravity f (f + 1) / 2: (B, F, 2)."""
+        """How far the object has come at each frame f, motion f + gravity f (f + 1) / 2: (B, F, 2)."""
         f = torch.arange(frames or self.frames)[:, None]
         direction, speed = (torch.tensor([*kind.values()]) for kind in (DIRECTIONS, SPEEDS))
-        velocity = direction[labels[:, 2]] * speed[labels[:, 3], None]
-        return velocity[:, None] * f + torch.tensor([0, self.gravity]) * f * (f + 1) / 2
+        motion = direction[labels[:, 2]] * speed[labels[:, 3], None]
+        return motion[:, None] * f + torch.tensor([0, self.gravity]) * f * (f + 1) / 2
 
     def covered(self, labels, start, frames=None):
         """Coverage (B, F, 12, 12) of labels (B, 4) from start positions (B, 2)."""
@@ -222,7 +222,7 @@ def enlarge(clips, times=12):
     return (255 * frames).round().astype(np.uint8).repeat(times, 1).repeat(times, 2)
 
 
-# ---- The exact velocity ----------------------------------------------------------------------------------
+# ---- The exact velocity (may wait) -----------------------------------------------------------------------
 #
 # Given the start p, pixels are independent, and each is one of two colours: with coverage m, m c or, with
 # probability q, m c + (1 - m). So, with s = (1 - t) / t and the sums C = c . z / t and Z = 1 . z / t over the
