@@ -103,7 +103,7 @@ def _expand(t, z):
 def jump(model, z, t, r, **cond):
     """Phi_{r<-t}(z), eq. (2): the state (as z) at time r <= t of the ODE path that passes z at time t."""
     t, r = _falling(z, t, r)
-    u = model(z, t, r, **cond)
+    u = model(z, t, r, **cond).expand_as(z)  # RuntimeError for another shape
     return (z - _expand(t - r, z) * u).to(z.dtype)
 
 def guided(model, z, t, r, guidance=1.0, null=None, **cond):
@@ -164,14 +164,14 @@ def flow_matching_loss(model, x, *, t=None, noise=None, shift=1.0, **cond):
     t: float, (B,) or (B, F), logit-normal and shifted if not given. noise: eps, as x, drawn if not given.
     """
     t = shift_time(torch.randn(len(x), device=x.device).sigmoid(), shift) if t is None else t  # most mid-way
-    noise = torch.randn_like(x) if noise is None else noise
     (t,) = as_times(x, t)
+    noise = torch.randn_like(x) if noise is None else noise
     u = model(interpolate(x, noise, t), t, t, **cond)
     return _squared_error(u, noise - x).mean()
 
 def _squared_error(a, b):
     """(a - b)^2, in float32 or finer."""
-    return (a.to(torch.promote_types(a.dtype, torch.float32)) - b).square()
+    return (a.expand_as(b).to(torch.promote_types(a.dtype, torch.float32)) - b).square()
 
 @torch.no_grad()
 def update_average(average, weights, updates, decay, ramp=True):
@@ -213,7 +213,7 @@ def central_difference(model, z, v, t, r, eps=0.005, **cond):
     Of sin(a t) it gives the derivative times sin(a e)/(a e): with the published e = 0.005 and the fastest
     sinusoid of Wan's time embedding, a = 1000, times -0.19. It needs forwards alone: Jacobian-vector products
     fail in flash and flex attention (and FSDP2 up to torch 2.11). One call takes both times, clamped: next to
-    0 and 1 the difference is one-sided, to O(e). z and weights should be float32: bfloat16 rounds e v away.
+    0 and 1 the difference is one-sided, to O(e). z and all work should be float32: bfloat16 rounds e v away.
     """
     t, r = as_times(z, t, r)
     later, earlier = (t + eps).clamp(max=1), (t - eps).clamp(min=0)
@@ -239,9 +239,9 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     equal at r = t. The fixed point of the second is the guided ODE's flow map; that of the first mixes in the
     null prompt's (`python tests/guidance.py`). A teacher gives v' of the second with its own null branch.
 
-    t, r, noise: drawn by `time_pairs` and from the normal if not given; all frames of a sample have the same
-    t - r. weight: a function of t, or else `time_weight`. balance (None: if anchors are the data's) and
-    anchor_sums: see `_balance`. parts: also returns squared errors / g^2 (B,), unweighted, and which jump.
+    t, r, noise: drawn by `time_pairs` and from the normal if not given; frames of a sample have one t - r.
+    weight: a function of t, or else `time_weight`. balance, anchor_sums: see `_balance`; None: balance where
+    anchors are the data's. parts: also returns squared errors / g^2 (B,), unweighted, and which are jumps.
     """
     if (t is None) != (r is None):
         raise ValueError(f"found only {'t' if r is None else 'r'}, expected both t and r or neither")
@@ -250,8 +250,8 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     if guidance_form not in GUIDANCE_FORMS:
         raise ValueError(f"guidance_form is {guidance_form!r}, expected one of {', '.join(GUIDANCE_FORMS)}")
     t, r = time_pairs(len(x), shift, device=x.device) if t is None else (t, r)
-    noise = torch.randn_like(x) if noise is None else noise
     t, r = _falling(x, t, r)
+    noise = torch.randn_like(x) if noise is None else noise
     gaps = (t - r).reshape(len(x), -1)
     if (gaps - gaps[:, :1]).abs().max() > 1e-5:
         raise ValueError("t - r differs between the frames of a sample, expected one")
@@ -393,7 +393,7 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
     rollout(batch)         x_hat, with gradient; dict dmd_options of `dmd_loss`; fake_options(i), a dict of
                            `fake_score_loss` in update i; dict cond, which judge and fake score are given
     backward(name, loss)   adds the gradients of a loss: "loss" (stage 1), "dmd" or "fake"
-    update(name)           takes a step with the gradients of "student" or "fake", and clears them
+    update(name)           takes a step with the gradients of "student", or (fake_steps times) "fake"; clears
     """
     judged = []
     for batch in batches:

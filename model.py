@@ -8,9 +8,8 @@ who sees whom:
     causal, inference   [one chunk]                                            sees itself and the KV cache
     causal, training    [compressed past | clean window | noisy window]        by chunk, `rows_of_chunks`
 
-A causal model makes a CHUNK of latent frames together, from noise, after earlier chunks: it sees the newest
-of these, the WINDOW, in full, those before COMPRESSED into larger patches. Parameters and config keys have
-diffusers' names: published folders load, and what is saved opens there.
+A causal model makes a CHUNK of latent frames together, from noise, after earlier chunks: it sees the newest,
+the WINDOW, in full, those before COMPRESSED into larger patches. Folders are exchanged with diffusers.
 Latents are (B, F, C, H, W), text embeddings (B, L, text_dim), times float, (B,) or (B, F) in [0, 1].
 Sources: Wan (2503.20314), FAR (2503.19325), AnyFlow (2605.13724).
 """

@@ -18,6 +18,7 @@ import argparse
 import functools
 import importlib.util
 import math
+import os
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ import anyflow
 from full.compile import compile_blocks
 from full.files import provenance, read_tensors, text_of
 from full.hub import find
-from full.options import command, device_of, positive, reason, seed_value
+from full.options import command, count, device_of, positive, reason, seed_value
 from full.pixels import FORMATS, Published, check_writer, clips_of, context_of, finite, latent_shape, save
 from model import Wan
 from toy import world
@@ -171,7 +172,7 @@ def given_frames(context, noise):
         found = f"context has shape {tuple(context.shape)}"
         raise ValueError(f"{found}, expected all but its frames as the noise, {tuple(noise.shape)}")
     if not 1 <= context.shape[1] < noise.shape[1]:
-        raise ValueError(f"context has {context.shape[1]} frames, expected 1 to {noise.shape[1] - 1}")
+        raise ValueError(f"context has {context.shape[1]} frames, expected 1 or more, below {noise.shape[1]}")
     return context.shape[1]
 
 
@@ -187,7 +188,7 @@ def parse(argv):
     add("--prompt", nargs="+", default=["a slow red disc moving left"], help="one, or several in quotes")
     add("--prompts", help="file of prompts, one in each line, or of JSON with prompt_en, which names the clip"
         " <prompt>-<i>, and aug_prompt_en, which it is made from, as VBench has it")
-    add("--per-prompt", type=positive, help="clips of each prompt")
+    add("--per-prompt", type=count, help="clips of each prompt")
     add("--seeds", choices=("per-prompt", "running"), default="per-prompt",
         help="SEED, SEED + 1, ... for each prompt, or over all clips, as the release has it for VBench")
     add("--negative", default="", help="prompt to be guided away from, or @FILE (default: the empty one)")
@@ -217,7 +218,10 @@ def parse(argv):
     add("--compile", action="store_true", help="compile the blocks: takes a minute, for a GPU")
     args = parser.parse_args(argv)
     args.ending = args.out.suffix.lower()
-    if not args.out.name or (args.out.is_dir() and args.ending in FORMATS):
+    for name in ("model", "parts", "prompts", "image", "video", "text", "context"):
+        if getattr(args, name) == "":
+            parser.error(f"--{name} is empty, expected a name")
+    if not args.out.name or (os.path.isdir(args.out) and args.ending in FORMATS):
         parser.error(f"--out {args.out} is a folder, expected a file")
     if args.ending in (".avi", ".mov", ".mkv", ".webm", ".jpg", ".jpeg"):
         parser.error(f"--out {args.out} has the ending {args.ending}, expected one of {', '.join(FORMATS)}")

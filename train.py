@@ -36,7 +36,7 @@ import sample
 from full.checkpoint import Run, Stop  # networks, optimisers and average, to go on from; SIGTERM
 from full.compile import Again, what_needs_less
 from full.data import NAMES, Shards, preset  # preset(name): WanConfig and shape of a clip
-from full.files import STAGES, hold, read_lines, read_log, write
+from full.files import STAGES, append, hold, read_lines, read_log, write
 from full.folders import base_of, from_folders, networks  # {"student", "teacher", "judge", "fake": a Wan}
 from full.hub import find
 from full.options import add_options, check, command, nonempty, option, positive, seed_value
@@ -382,7 +382,7 @@ def parse(argv):
     whose = f"defaults are those of {name or 'wan-1.3b'} {stage or 'flowmap'}"
     add_options(parser.add_argument_group("recipe", whose), Recipe, defaults)
     args = parser.parse_args(argv)
-    args.out = Path(args.out or f"out/{args.preset}-{args.stage}").resolve()
+    args.out = Path(os.path.abspath(args.out or f"out/{args.preset}-{args.stage}"))
     args.data = args.data or ("stars" if args.preset.startswith("tiny") else None)
     return args
 
@@ -421,6 +421,8 @@ def run_stage(args):
     for key, name in [(key, getattr(args, key)) for key in FOLDERS]:
         setattr(args, key, str(find(name, ignore="text_encoder/*").resolve()) if name else None)
     torch.manual_seed(args.seed)  # for new weights, and those of LoRA
+    if args.resume and not args.out.is_dir():
+        raise ValueError(f"--resume found no folder {args.out}")
     if main_process():
         hold(args.out, *(getattr(args, key) for key in FOLDERS), args.data)
     make = from_folders(args.stage, recipe, args, config, is_baseline(args.stage, recipe))
@@ -455,20 +457,20 @@ def run_stage(args):
     clips = Clips(data, recipe, nets["student"].config, shape, device, args.seed, place())
     bar = tqdm(total=recipe.steps, initial=run.step, desc=f"{args.preset} {args.stage}", mininterval=1,
                disable=None if main_process() else True)
-    with open(log if main_process() else os.devnull, "a", 1) as lines:  # line by line, to be watched
-        stop = Stop(device)
-        for row in train(args.stage, recipe, run, clips):
-            lines.write(json.dumps(row) + "\n")
-            bar.update()
-            if run.step % 20 == 0:
-                bar.set_postfix_str(" ".join(f"{name} {row[name]:.4g}" for name in LOSSES if name in row))
-            if args.sample_every and run.step % args.sample_every == 0:
-                save_samples(run, clips, args, recipe)
-            stopping = bool(stop)
-            if stopping or run.step % args.save_every == 0 or run.step == recipe.steps:
-                run.save()
-            if stopping and run.step < recipe.steps:
-                raise RuntimeError(f"SIGTERM: saved step {run.step} in {args.out}, --resume goes on from it")
+    stop = Stop(device)
+    for row in train(args.stage, recipe, run, clips):
+        if main_process():
+            append(log, json.dumps(row) + "\n")
+        bar.update()
+        if run.step % 20 == 0:
+            bar.set_postfix_str(" ".join(f"{name} {row[name]:.4g}" for name in LOSSES if name in row))
+        if args.sample_every and run.step % args.sample_every == 0:
+            save_samples(run, clips, args, recipe)
+        stopping = bool(stop)
+        if stopping or run.step % args.save_every == 0 or run.step == recipe.steps:
+            run.save()
+        if stopping and run.step < recipe.steps:
+            raise RuntimeError(f"SIGTERM: saved step {run.step} in {args.out}, --resume goes on from it")
     bar.close()
     run.export(args.out, lambda: make("student"), recipe)
     if main_process():
@@ -483,7 +485,7 @@ def main(argv=None):
     args = parse(argv)
     less = lambda: what_needs_less(recipe_of(args.preset, args.stage, given(args)), args.stage, args.preset)
     try:
-        command("train.py", lambda: run_stage(args), "--resume goes on from a saved checkpoint", less)
+        command("train.py", lambda: run_stage(args), "--resume goes on from a checkpoint, if any", less)
     finally:
         if dist.is_initialized():
             gc.collect()  # FSDP's networks hold on to the group

@@ -80,14 +80,23 @@ def text_of(option):
 def read_json(path):
     return read_text(path, json.loads, "is no JSON")
 
-def read_lines(path):
-    """The objects of a file with one in each line, as JSON."""
-    objects = lambda text: [dict(json.loads(line)) for line in text.splitlines()]
+def read_lines(path, cut=False):
+    """The objects of a file with one in each line, as JSON; cut: but for a last line without an end."""
+    whole = lambda text: text[: text.rfind("\n") + 1] if cut else text
+    objects = lambda text: [dict(json.loads(line)) for line in whole(text).splitlines()]
     return read_text(path, objects, "has a line that is no JSON object")
+
+def append(path, text):
+    """Add to the end of a file. OSError names it."""
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 def read_log(path, step):
     """The lines of a log up to a step; none where there is no file. ValueError where it ends before."""
-    rows = read_lines(path) if os.path.lexists(path) else []
+    rows = read_lines(path, cut=True) if os.path.lexists(path) else []
     if os.path.lexists(path) and not any(row.get("step") in (step, step + 1) for row in rows):
         raise ValueError(f"{path} does not go to step {step} as the checkpoint, expected that or no file")
     return [row for row in rows if row.get("step") in range(1, step + 1)]

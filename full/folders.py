@@ -102,7 +102,9 @@ def from_folders(stage, recipe, args, config, baseline):
         return Wan.from_pretrained(base, kind, **{key: getattr(config, key) for key in CAUSAL}).state_dict()
 
     def frozen_or_fake(role):
-        option, folder = "--teacher", args.teacher or (args.init if stage != "onpolicy" else None)
+        option, folder = "--teacher", args.teacher
+        if not folder and stage != "onpolicy":
+            option, folder = "--init, without --teacher,", args.init
         if role != "teacher" and args.judge:
             option, folder = "--judge", args.judge
         net = load(folder, option, config, None, ("teacher",))

@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 from dataclasses import MISSING, field, fields
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -89,12 +90,13 @@ def from_text(f, text):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected(f)}") from None
 
 def integer(text, low, below, words):
-    if not (text.isascii() and text.isdigit() and low <= int(text) < below):
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer {words}")
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) < below):
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is no integer {words}")
     return int(text)
 
 # Of a command line; a seed is what every generator here takes.
 positive = functools.partial(integer, low=1, below=2**63, words="of at least 1")
+count = functools.partial(integer, low=1, below=10**6, words="from 1 to 999999")
 seed_value = functools.partial(integer, low=0, below=2**32, words="from 0 to 2^32 - 1")
 
 def nonempty(text):
@@ -102,6 +104,9 @@ def nonempty(text):
     if not text:
         raise argparse.ArgumentTypeError("it is empty, expected a name")
     return text
+
+def path_value(text):
+    return Path(nonempty(text))
 
 def device_of(name):
     """The device of that name; each process of torchrun has a GPU of its own. ValueError for none."""

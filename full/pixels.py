@@ -38,6 +38,8 @@ def optional(module, purpose):
 
 def part_of(folder, name):
     """The subfolder of a published folder; ValueError where it is missing."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"no folder {folder}")
     if not (Path(folder) / name).is_dir():
         raise ValueError(f"{folder} has no {name}, which a published folder has (sample.py looks in --parts)")
     odd = [path for path in (Path(folder) / name).iterdir() if not (path.is_file() or path.is_dir())]
@@ -192,7 +194,11 @@ def read_image(path, height, width):
         with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"{path} has numbers of mode {image.mode}, expected 8 bits for each colour")
-            rgb = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:  # under it any colour may lie
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            rgb = np.array(image.convert("RGB"))
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no image that can be read: {reason(error)}") from None
     frame, used = crop_and_resize(rgb, height, width)
@@ -314,6 +320,8 @@ def clips_of(args, formats):
             name += "-" + hashlib.sha1(prompt.encode()).hexdigest()[:8]
         first = args.seed + (number * each if args.seeds == "running" else 0)
         clips |= {f"{name}-{i}": (text, first + i, args.out / f"{name}-{i}") for i in range(each)}
+    if len(clips) < len(prompts) * each:
+        print(f"{len(prompts) - len(clips) // each} of {len(prompts)} prompts are another's copy: made once")
     todo = [clip for clip in clips.values() if not all(Path(f"{clip[2]}{end}").exists() for end in formats)]
     if len(todo) < len(clips):
         print(f"{len(clips) - len(todo)} of {len(clips)} are there already, made with whatever settings")

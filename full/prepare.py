@@ -19,7 +19,7 @@ from tqdm import tqdm
 from full.data import NAMES, open_shard, preset
 from full.files import hold, read_json, read_lines, text_of, write, write_json
 from full.hub import find
-from full.options import check, command, device_of, option, positive
+from full.options import check, command, device_of, nonempty, option, path_value, positive
 from full.pixels import VAE, TextEncoder, read_video
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -52,6 +52,12 @@ def read_manifests(folder, shape, text, rank, world):
                 os.replace(path, f"{path}.damaged")
     return [row for row in rows if row.get("row", 0) < clips.get(row.get("shard"), 0)]
 
+def videos_below(folder):
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in VIDEOS)
+    if not files:
+        raise ValueError(f"no videos in {folder}, expected files {', '.join(VIDEOS)}")
+    return files
+
 def prepare(videos, folder, shape, text_dim, encode, vae, negative="", size=32, rank=0, world=1):
     """Every video below a folder, with its caption in a .txt of the same name, to shards: (clips, bad files).
 
@@ -60,9 +66,7 @@ def prepare(videos, folder, shape, text_dim, encode, vae, negative="", size=32, 
     video, or why it was skipped; what lies in a shard is not encoded again, but told where video or caption
     are newer. Latents and text are bfloat16.
     """
-    files = sorted(p for p in Path(videos).rglob("*") if p.suffix.lower() in VIDEOS)
-    if not files:
-        raise ValueError(f"no videos in {videos}, expected files {', '.join(VIDEOS)}")
+    files = videos_below(videos)
     frames, _, height, width = shape
     pixels = (frames - 1) * vae.stride[0] + 1, height * vae.stride[1], width * vae.stride[1]
     null = encode([negative]).bfloat16()
@@ -122,6 +126,7 @@ def run(args):
     (config, shape), folder = preset(args.preset), args.data
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = device_of(args.device)
+    videos_below(args.videos)  # none are found before anything is written or loaded
     init, negative = find(args.init, ignore="transformer/*"), text_of(args.negative)
     settings = {"videos": str(args.videos.resolve()), "init": str(init.resolve()), "shape": list(shape)}
     settings["negative"] = negative
@@ -144,9 +149,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m full.prepare", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--preset", choices=NAMES, required=True, help="whose frames, height and width the clips get")
-    add("--init", required=True, help="published folder or name on the hub, for its VAE and text encoder")
-    add("--videos", type=Path, required=True, help="folder; each video has a caption in a .txt of its name")
-    add("--data", type=Path, required=True, help="folder of the shards")
+    add("--init", type=nonempty, required=True, help="published folder or hub name: VAE and text encoder")
+    add("--videos", type=path_value, required=True, help="folder; a caption is in a .txt of its video's name")
+    add("--data", type=path_value, required=True, help="folder of the shards")
     add("--negative", required=True, metavar="TEXT", help="the null prompt, or @FILE: for dropped prompts and"
         " guidance; Wan has a text of its own, '' is the empty prompt")
     add("--clips-per-shard", type=positive, default=32, help="(default 32)")

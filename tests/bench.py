@@ -38,6 +38,7 @@ from full.checkpoint import Run  # noqa: E402
 from full.compile import GRAPHS, compile_blocks  # noqa: E402
 from full.data import preset  # noqa: E402
 from full.files import STAGES  # noqa: E402
+from full.options import command  # noqa: E402
 from model import CLASSES, PRESETS, Attention, Wan, WanConfig, rows_of_chunks  # noqa: E402
 
 BASE = dict(patch_size=(1, 2, 2), num_attention_heads=6, attention_head_dim=64, in_channels=16,
@@ -573,4 +574,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command("tests/bench.py", main, "nothing is kept")

@@ -500,6 +500,16 @@ def test_fused_guidance_as_the_paper_writes_it(form):
     assert all(torch.allclose(a, b) for a, b in zip(*grads))
 
 
+@pytest.mark.parametrize("answer", [lambda z: z[:, 0], lambda z: z.mT, lambda z: z[:, :1].repeat(1, 2, 1)])
+def test_an_answer_of_another_shape_is_no_answer(answer):
+    """Which numbers would be broadcast, or not, would be a secret."""
+    model, x = lambda z, t, r: answer(z), torch.randn(4, 1, 3)
+    for use in (lambda: anyflow.jump(model, x, 0.7, 0.2), lambda: anyflow.flow_matching_loss(model, x),
+                lambda: anyflow.flow_map_loss(model, x), lambda: anyflow.consistency_loss(model, model, x)):
+        with pytest.raises(RuntimeError, match="shape|size"):
+            use()
+
+
 @pytest.mark.parametrize("held", [lambda p: [p], lambda p: ("a name", p), lambda p: {"deep": [p]},
                                   namedtuple("Prompt", "text")])
 def test_prompts_stay_with_their_samples_however_they_are_held(held):

@@ -413,8 +413,10 @@ def test_wrong_results_are_one_sentence(tmp_path, networks):
         with pytest.raises(SystemExit, match=words):
             page.main(["--out", str(tmp_path / "page.html"), "--results", *map(str, folders)])
     assert not (tmp_path / "page.html").exists()
-    with pytest.raises(SystemExit, match="File exists: .*/dev/null"):
-        page.main(["--out", "/dev/null/page.html", "--results", str(good)])
+    for out, words in (("/dev/null/a", "File exists: .*/dev/null"), ("/proc/a", "No such|Permission"),
+                       (str(tmp_path), "is a folder")):
+        with pytest.raises(SystemExit, match=words):
+            page.main(["--out", out])  # before the training
 
 
 def test_template_is_short():

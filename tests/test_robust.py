@@ -26,7 +26,7 @@ import sample
 import train
 from full import checkpoint, parallel, pixels, plan, prepare
 from full.data import Shards, preset
-from full.files import WEIGHTS, provenance, read_json, read_log, write_json
+from full.files import WEIGHTS, append, provenance, read_json, read_log, write_json
 from model import Wan
 from toy import flow2d, page, video
 from toy.video import STORY, write_shards
@@ -316,8 +316,10 @@ def test_prepare_keeps_its_settings_once_a_shard_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "TextEncoder", mock.Mock())
     monkeypatch.setattr(prepare, "VAE", mock.Mock())
     monkeypatch.setattr(prepare, "prepare", mock.Mock(side_effect=[ValueError("no fit"), (1, 0)]))
-    main = lambda negative: prepare.main(["--preset", "tiny", "--init", str(tmp_path), "--videos", "videos",
-                                          "--data", str(tmp_path / "out"), "--negative", negative])
+    (tmp_path / "a.mp4").touch()
+    there = str(tmp_path)
+    main = lambda negative: prepare.main(["--preset", "tiny", "--init", there, "--videos", there,
+                                          "--data", there + "/out", "--negative", negative])
     with pytest.raises(SystemExit, match="no fit"):
         main("one")
     main("two")
@@ -385,6 +387,10 @@ def test_log_begins_anew_where_it_was_removed(tmp_path):
     for step in (6, 20):
         with pytest.raises(ValueError, match=f"{log} does not go to step {step} "):
             read_log(log, step)
+    append(log, '{"step": 20}\n{"st')  # a disk was full in the middle of a line
+    assert read_log(log, 20)[-1] == {"step": 20}
+    with pytest.raises(OSError, match="cannot write /dev/full: No space left"):
+        append("/dev/full", "a line\n")
 
 
 @pytest.mark.parametrize("name", ["anyflow.json", "scheduler/scheduler_config.json"])
@@ -477,6 +483,29 @@ def test_empty_names_and_foreign_seeds_are_refused(options, words, capsys):
     with pytest.raises(SystemExit) as error:
         run(*TINY, *options)
     assert error.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main, options, words", [
+    *((sample.main, [f"--{name}", ""], f"--{name} is empty") for name in (
+        "model", "parts", "prompts", "image", "video", "text", "context")),
+    (sample.main, ["--per-prompt", "9999999999"], "from 1 to 999999"),
+    (sample.main, ["--seed", 5000 * "1"], "'11111111111111111111' is no integer"),
+    (prepare.main, ["--data", ""], "it is empty"), (prepare.main, ["--init", ""], "it is empty"),
+    (flow2d.main, ["--out", ""], "it is empty"), (video.main, ["--out", ""], "it is empty"),
+    (video.main, ["--steps", "3"], "need --train")])
+def test_what_no_command_can_use_is_told_at_once(main, options, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(options)
+    assert error.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="^sample.py: .*File name too long"):
+        sample.main(["--out", str(tmp_path / (300 * "a" + ".gif"))])
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "loop" in refused(*TINY, "--out", tmp_path / "loop" / "x").lower()
+    assert "--resume found no folder" in refused(*TINY, "--out", tmp_path / "none", "--resume")
+    assert not (tmp_path / "none").exists()
 
 
 def test_rank_outside_the_world_is_told(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from full.hub import find
-from full.pixels import TextEncoder, clips_of, read_video, save
+from full.pixels import TextEncoder, clips_of, read_image, read_video, save
 from toy.world import embed, parse_prompt
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 17
@@ -357,6 +357,9 @@ BAD = {
     "no image|is no image": lambda f, t: ["--image", write(t / "a.png", "?"), "--out", t / "a.gif"],
     "16 bits|mode I;16, expected 8 bits": lambda f, t: [
         "--image", drawn(t / "a.png", Image.new("I;16", (96, 64))), "--out", t / "a.gif"],
+    "one latent frame|context has 1 frames, expected 1 or more, below 1": lambda f, t: [
+        "--image", drawn(t / "a.png", Image.new("L", (96, 64))), "--frames", 1, "--out", t / "a.gif"],
+    "no parts|no folder .*/gone": lambda f, t: ["--parts", t / "gone", "--out", t / "a.gif"],
     "half a text encoder|text_encoder lacks": lambda f, t: drop(f / "text_encoder" / "model.safetensors", t),
     "damaged tokenizer|tokenizer cannot be loaded": lambda f, t: [
         "--out", t / "a.gif", write(f / "tokenizer" / "tokenizer.json", "{")][:2],
@@ -431,6 +434,21 @@ def test_too_little_memory_is_told_what_is_needed(folder, tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match=wanted) as refusal:
         run("--model", folder[1], "--prompt", "the cat", *SIZE, "--out", tmp_path / "a.gif")
     assert "\n" not in str(refusal.value)
+
+
+def test_what_is_transparent_lies_on_white(tmp_path):
+    """Whatever colour a pixel keeps there; half of it is the mean."""
+    image = Image.new("RGBA", (96, 64), (255, 0, 255, 0))
+    image.paste((255, 0, 255, 128), (0, 0, 48, 64))
+    frame = read_image(drawn(tmp_path / "a.png", image), 64, 96)[0][0]
+    assert (frame[:, :, 50:] == 1).all() and torch.allclose(frame[:, 0, 0], torch.tensor([1, 127 / 255, 1.0]))
+
+
+def test_prompts_that_are_there_twice_are_told(folder, tmp_path, capsys):
+    prompts = write(tmp_path / "p.txt", "a cat\na dog\na cat\n")
+    run("--model", folder[1], "--prompts", prompts, *SIZE, "--out", tmp_path / "o")
+    assert "1 of 3 prompts are another's copy" in capsys.readouterr().out
+    assert len([*(tmp_path / "o").glob("*.mp4")]) == 2
 
 
 def test_another_aspect_is_cropped_and_said(folder, pixels, tmp_path, capsys):

@@ -75,4 +75,4 @@ def test_file_is_short(name):
 
 def test_all_is_read_in_an_evening():
     assert sum(length(ROOT / name) for name in MOST if name.endswith(".py")) <= 1900
-    assert sum(map(length, SOURCES)) <= 5930
+    assert sum(map(length, SOURCES)) <= 5969

@@ -857,7 +857,9 @@ def test_resume_names_changed_settings(story, tmp_path):
     message = refused(*options, "--resume", "--lr", "2e-3", "--batch", "4")
     assert "lr 0.001 -> 0.002" in message and "batch 8 -> 4" in message
     assert "earlier run" in refused(*options)
-    assert "no checkpoint" in refused(*options, "--resume", "--out", tmp_path / "none")
+    assert "found no folder" in refused(*options, "--resume", "--out", tmp_path / "none")
+    (tmp_path / "none").mkdir()
+    assert "found no checkpoint" in refused(*options, "--resume", "--out", tmp_path / "none")
 
 
 def test_full_disk_keeps_the_old_checkpoint(story, tmp_path, monkeypatch):

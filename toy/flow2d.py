@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import anyflow
 from full.files import write, write_json
-from full.options import command, positive, seed_value
+from full.options import command, path_value, positive, seed_value
 from toy import plots
 
 NFE = [1, 2, 4, 8, 16, 32, 64]  # network calls, each a divisor of the next: the grids are nested
@@ -393,7 +393,7 @@ def parse(argv):
     add("--seed", type=seed_value, default=0, help="the first (default 0)")
     add("--steps", type=positive, help="of a student (default 5000, --fast 1000); the teacher has twice")
     add("--batch", type=positive, default=512, help="(default 512)")
-    add("--out", type=Path, default=Path("out/flow2d"))
+    add("--out", type=path_value, default=Path("out/flow2d"))
     add("--fast", action="store_true", help="about a minute: fewer steps and samples")
     choices("--departures", action="store_true", help="instead: short runs with each of the paper's choices")
     add("--choose-gamma", action="store_true", help="instead: train AnyFlow, measure many gamma, draw them")

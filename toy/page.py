@@ -10,6 +10,7 @@ none: what it shows it computes.
 import argparse
 import base64
 import json
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -90,7 +91,11 @@ def parse(argv):
     return parser.parse_args(argv)
 
 def run(args):
-    args.out.parent.mkdir(parents=True, exist_ok=True)  # or it fails before the training
+    if args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder, expected a file")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=args.out.parent):
+        pass  # an unwritable place is found before the training
     networks = {}
     for density, states in (map(load, args.results) if args.results else
                             ((name, trained(name, args.steps, args.seed)) for name in DENSITIES)):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from anyflow import best_grid, time_grid
 from full.files import hold, provenance, read_json, write, write_json
-from full.options import command, end_with_parent, positive, seed_value
+from full.options import command, end_with_parent, path_value, positive, seed_value
 from model import Wan
 from sample import generate, sampler_of_folder
 from toy import plots
@@ -389,10 +389,10 @@ def main(argv=None):
     add("--clips", type=positive, default=4096, help="of --write-shards (default 4096)")
     add("--copies", type=positive, default=1, help="clips of each prompt that are measured (default 1)")
     add("--seed", type=seed_value, default=0, help="0 to 2^32 - 1 (default 0)")
-    add("--out", type=Path, default=Path("out/video"))
+    add("--out", type=path_value, default=Path("out/video"))
     args = parser.parse_args(argv)
-    if args.exact_teacher and not args.train:
-        parser.error("--exact-teacher needs --train")
+    if (args.exact_teacher or args.steps) and not args.train:
+        parser.error("--exact-teacher and --steps need --train")
     shards = lambda: write_shards(WORLDS[args.world], args.write_shards, args.clips, args.seed)
     kept = "the same command goes on" if args.train or args.write_shards else "nothing is kept"
     command("toy.video", shards if args.write_shards else lambda: tell(args), kept)
