@@ -3,6 +3,7 @@
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import mpmath
 import pytest
@@ -195,6 +196,194 @@ def test_heun_is_of_second_order_and_takes_two_calls_a_step():
     assert torch.equal(flow2d.heun(model, noise, 1), euler)
 
 
+def test_a_learner_warms_up_and_falls_as_a_cosine_and_keeps_an_average():
+    """To zero; the average is young first: by (n + 1) / (n + 10) of itself, then by its own decay."""
+    start = torch.nn.Linear(2, 1)
+    learner, wanted = flow2d.Learner(start, 0.1, 80, ema=0.9), start.weight.detach().clone()
+    for step in range(80):
+        learner.model(torch.randn(8, 2)).square().mean().backward()
+        learner.update(step)
+        decay = min(0.9, (step + 1) / (step + 10))
+        wanted = decay * wanted + (1 - decay) * learner.model.weight.detach()
+        rate = 0.1 * min(1, (step + 1) / 50) * math.cos(math.pi / 2 * step / 80) ** 2
+        assert learner.optimiser.param_groups[0]["lr"] == pytest.approx(rate)
+    assert torch.allclose(learner.average.weight, wanted, atol=1e-6) and rate < 1e-4
+
+
+def trained(monkeypatch, methods, undone=(), seed=3, batch=16, **options):
+    """`train` with the first and the last step of each stage: what it gives, and what it asks for."""
+    asked = {"steps": {}, "flow_map": [], "consistency": []}
+
+    def repeat(stage, steps, one_step):
+        asked["steps"][stage] = steps
+        one_step(0), one_step(steps - 1)
+        return 1.0
+
+    def recorded(name, loss):
+        return lambda model, *given, **options: (
+            asked[name].append((given, options)), loss(model, given[-1]))[1]
+
+    def on_policy(learners, judge, flow_map_loss, batch, recipe):
+        asked["on_policy"] = learners, judge, batch, flow2d.random.random()
+        return repeat("anyflow", learners["student"].steps, lambda i: learners["student"].update(i))
+
+    monkeypatch.setattr(flow2d, "repeat", repeat)
+    monkeypatch.setattr(flow2d, "on_policy", on_policy)
+    monkeypatch.setattr(anyflow, "flow_map_loss", recorded("flow_map", anyflow.flow_matching_loss))
+    monkeypatch.setattr(anyflow, "consistency_loss", recorded("consistency", anyflow.flow_matching_loss))
+    nets, _ = flow2d.train(flow2d.checkerboard(), methods, 10, batch, seed, undone=undone, **options)
+    return nets, asked
+
+
+def same(a, b):
+    return all(map(torch.equal, a.parameters(), b.parameters()))
+
+
+def test_stages_follow_each_other_with_their_steps_and_starts(monkeypatch):
+    """The teacher has twice a student's, stage 2 and its control a fifth; nobody trains what is not asked."""
+    nets, asked = trained(monkeypatch, flow2d.METHODS)
+    assert asked["steps"] == {"teacher": 20, "consistency": 10, "anyflow-forward": 10, "anyflow-control": 2,
+                              "anyflow": 2}
+    learners, judge, batch, _ = asked["on_policy"]
+    assert judge is nets["teacher"] and batch == 16
+    assert same(learners["fake"].average, nets["teacher"])
+    assert nets["anyflow"] is learners["student"].average and nets["anyflow-gamma"] is nets["anyflow"]
+    assert same(learners["student"].average, nets["anyflow-forward"])
+    assert not same(nets["anyflow-forward"], nets["teacher"])
+    assert trained(monkeypatch, ["anyflow-forward"])[1]["steps"].keys() == {"teacher", "anyflow-forward"}
+
+
+def test_stage_two_repeats_by_its_seed(monkeypatch):
+    drawn = [trained(monkeypatch, ["anyflow"], seed=seed)[1]["on_policy"][-1] for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_losses_have_our_choices_or_the_papers(monkeypatch, exact):
+    """v of the teacher, more weight at small t, half a batch of the baseline's loss, ever finer steps; or v
+    of the data, without these."""
+    nets, asked = trained(monkeypatch, ["consistency", "anyflow-forward"], exact_teacher=exact)
+    for (x,), options in asked["flow_map"]:
+        assert len(x) == 16 and options["teacher"] == nets["teacher"] and options["balance"] is False
+        assert options["weight"](0.05) == pytest.approx(10)
+    assert len(asked["flow_map"]) == 2
+    for ((velocity, x), options), (size, steps) in zip(
+            asked["consistency"], [(16, 10), (16, int(10 * 4**0.9)), (8, 10), (8, int(10 * 4**0.9))]):
+        assert velocity == nets["teacher"] and (len(x), options["steps"]) == (size, steps)
+        assert options["weight"](0.05) == pytest.approx(100)
+    _, asked = trained(monkeypatch, ["anyflow-forward"], flow2d.RECIPE, exact_teacher=exact)
+    (_, options), _ = asked["flow_map"]
+    assert not asked["consistency"] and options == dict(teacher=None, weight=None, balance=True)
+
+
+@pytest.mark.parametrize("undone, mean, noises, weight, updates, last, calls", [
+    ((), "batch", 4, 4.0, 3, 0.85, {1, 2, 4}), (flow2d.RECIPE, "sample", 1, 1.0, 1, 1.0, {2, 4, 8, 16, 50})])
+def test_stage_two_has_the_choices_of_its_recipe(
+        undone, mean, noises, weight, updates, last, calls, monkeypatch):
+    """The number of calls, which of them, the times of DMD, its mean, and the updates of the fake score."""
+    recipe = {name: pair[name in undone] for name, pair in flow2d.RECIPE.items()}
+    learners = {name: flow2d.Learner(torch.nn.Linear(2, 2), 0.1, 150) for name in ("student", "fake")}
+    drawn, times, losses = [], [], []
+    monkeypatch.setattr(anyflow, "backward_simulation", lambda student, noise, grid, k: (
+        drawn.append((len(grid) - 1, k)), noise)[1])
+
+    def step(batches, rollout, stage_1, judge, fake, backward, update, **options):
+        assert batches == [1000] and judge == "judge" and fake is learners["fake"].model
+        assert options == dict(dmd_weight=weight, fake_steps=updates)
+        x_hat, dmd, fake_options, cond = rollout(1000)
+        times.append(dmd["t"])
+        assert x_hat.shape == (1000, 2) and dmd["per_sample"] == (mean == "sample") and cond == {}
+        assert fake_options(0) == dict(repeats=noises)
+        for name in ("student", "fake", "fake"):
+            backward(name, stage_1(1000)), update(name)
+
+    monkeypatch.setattr(anyflow, "on_policy_step", step)
+    monkeypatch.setattr(flow2d, "repeat", lambda stage, steps, one: losses.extend(map(one, range(steps))))
+    loss = lambda student: student.weight.sum() * 0 + 2
+    flow2d.on_policy(learners, "judge", loss, 1000, recipe)
+    assert {n for n, _ in drawn} == calls and {k for n, k in drawn if n == 4} == {0, 1, 2, 3}
+    assert losses == 150 * [6.0] and [learners[name].updates for name in learners] == [150, 300]
+    t = torch.cat(times)
+    assert t.min() == pytest.approx(0.02, abs=1e-3) and t.max() == pytest.approx(last, abs=1e-3)
+    assert t.mean() == pytest.approx((0.02 + last) / 2, abs=0.01)
+
+
+def test_methods_are_sampled_each_in_its_way_and_scored_alike(monkeypatch):
+    """Who draws fresh noise gets more points. States off by (3, 4) n / 64 after the noise are 5 n / 64 off
+    the path, and 5 - 5 n / 64 off those of 64 calls."""
+    ruler, asked = flow2d.Ruler(flow2d.mixture(), 64, fresh=2, traced=8), []
+
+    def sampler(net, z, n, **options):
+        asked.append((net, n, len(z), options))
+        states = torch.zeros(n + 1, len(z), 2)
+        states[:, :8] = ruler.exact[:: 64 // n]
+        states[1:] += torch.tensor([3.0, 4.0]) * n / 64
+        return states
+
+    monkeypatch.setattr(anyflow, "sample", lambda _, *given, **more: sampler("sample", *given, **more))
+    monkeypatch.setattr(flow2d, "heun", lambda _, *given, **more: sampler("heun", *given, **more))
+    for method, name, gamma, points in (
+            ("teacher", "sample", lambda n: 0, 64), ("teacher-heun", "heun", lambda n: 0, 64),
+            ("consistency", "sample", lambda n: 1, 128), ("anyflow", "sample", lambda n: 0, 64),
+            ("anyflow-gamma", "sample", lambda n: min(1, 2 / n), 128)):
+        asked.clear()
+        scores, samples, states = ruler.measure(method, "net")
+        wanted = [dict(gamma=gamma(n), path=True, average=method != "teacher") for n in flow2d.NFE]
+        assert asked == [(name, n, points, options) for n, options in zip(flow2d.NFE, wanted)]
+        assert scores["path_error"] == pytest.approx([5 * n / 64 for n in flow2d.NFE], rel=1e-4)
+        assert scores["budget_drift"] == pytest.approx([5 - 5 * n / 64 for n in flow2d.NFE], rel=1e-4)
+        assert [len(x) for x in samples] == 7 * [points] and [x.shape[1] for x in states] == 7 * [8]
+
+
+def test_best_times_are_measured_at_those_times_and_found_with_other_noise(monkeypatch):
+    ruler, found = flow2d.Ruler(flow2d.mixture(), 64, fresh=1, traced=8), []
+    grids = [torch.linspace(1, 0, n + 1) ** 2 for n in (2, 4, 8)]
+    monkeypatch.setattr(anyflow, "best_grid", lambda *given: found.append(given) or grids)
+    ruler.sample, ruler.swd = lambda *given: (given, None), lambda x: x
+    assert ruler.best_times("net") == {n: ("net", grid, 64, 0.0) for n, grid in zip((2, 4, 8), grids)}
+    (net, noise, calls), = found
+    assert net == "net" and calls == [2, 4, 8] and noise.std() == pytest.approx(1, 0.1)
+
+
+@pytest.mark.parametrize("options, steps, points, undone", [
+    ([], 5000, 2**15, []), (["--fast"], 1000, 2**12, []), (["--steps", "7"], 7, 2**15, []),
+    (["--recipe", "published", "--exact-teacher"], 5000, 2**15, [*flow2d.RECIPE])])
+def test_each_seed_is_trained_and_measured_as_asked(options, steps, points, undone, monkeypatch):
+    asked = []
+    monkeypatch.setattr(flow2d, "train", lambda density, *given: (asked.append(given), ("nets", "s"))[1])
+    monkeypatch.setattr(flow2d, "Ruler", lambda density, *given: given)
+    args = flow2d.parse(["--seed", "5", "--seeds", "2", *options])
+    made = [*flow2d.trained_seeds(args, ["anyflow"])]
+    assert made == [("nets", "s", (points, seed)) for seed in (5, 6)]
+    for seed, (methods, *given, chosen) in zip((5, 6), asked):
+        assert methods == ["anyflow"] and given == [steps, 512, seed, "--exact-teacher" in options]
+        assert [*chosen] == undone
+
+
+def test_noise_of_a_ruler_is_that_of_its_seed():
+    noise = [flow2d.Ruler(flow2d.mixture(), 16, seed, fresh=1, traced=1).noise for seed in (0, 1)]
+    assert not torch.isin(*noise).any()
+
+
+def test_results_are_medians_over_seeds(tmp_path, monkeypatch, brief):
+    """Of floors and seconds; scores are kept by seed."""
+    def seeds(args, methods):
+        for value in (1.0, 8.0, 3.0):
+            ruler = SimpleNamespace(floor=value, floor_ode=2 * value, data=None, exact=None)
+            ruler.of_ode = lambda _, value=value: 3 * value
+            scores = {key: [value, 2 * value, 3 * value] for key in ("swd", "path_error", "budget_drift")}
+            ruler.measure = lambda *_, scores=scores: (scores, None, None)
+            yield {"teacher": "net"}, {"teacher": value}, ruler
+
+    monkeypatch.setattr(flow2d, "trained_seeds", seeds)
+    monkeypatch.setattr(plots, "decide", lambda results: [])
+    monkeypatch.setattr(plots, "distances", lambda results: "")
+    made = run(tmp_path)
+    assert [made[f"floor{name}"] for name in ("", "_ode", "_teacher")] == [3, 6, 9]
+    assert made["methods"]["teacher"]["train_seconds"] == 3
+    assert made["methods"]["teacher"]["swd"] == [[1, 8, 3], [2, 16, 6], [3, 24, 9]]
+
+
 def test_a_run_leaves_results_figures_and_networks(tmp_path, monkeypatch):
     monkeypatch.setattr(flow2d, "Ruler", COARSE)
     monkeypatch.setattr(plots, "jumping", partial(plots.jumping, frames=3, hold=0))
@@ -256,8 +445,10 @@ def test_a_loss_that_turns_nan_names_stage_and_step(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--steps 0", "--seeds none", "--density moons", "--methods rcm",
-                                    "--batch -3"])
-def test_bad_option_is_one_sentence(option, capsys):
+                                    "--batch -3", "--choose-gamma --methods anyflow",
+                                    "--departures --methods anyflow", "--departures --choose-gamma"])
+def test_bad_option_is_one_sentence(option, capsys, monkeypatch):
+    monkeypatch.setattr(flow2d, "command", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
         flow2d.main(option.split())
     assert stop.value.code == 2 and "error: " in capsys.readouterr().err

@@ -8,10 +8,12 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_train import Codec, refused, run, weights
 
@@ -26,7 +29,18 @@ import sample
 import train
 from full import checkpoint, parallel, pixels, plan, prepare
 from full.data import Shards, preset
-from full.files import WEIGHTS, append, provenance, read_json, read_log, write_json
+from full.files import (
+    WEIGHTS,
+    append,
+    compressed_patches,
+    hold,
+    provenance,
+    read_json,
+    read_log,
+    text_of,
+    write_json,
+)
+from full.options import command, device_of, reason
 from model import Wan
 from toy import flow2d, page, video
 from toy.video import STORY, write_shards
@@ -93,10 +107,139 @@ def test_metadata_that_is_none_is_told_in_one_sentence(value, made, tmp_path, ca
 def test_checkpoint_reads_no_file_outside_its_folder(made, tmp_path):
     folder = shutil.copytree(made / "checkpoints" / "step-0000002", tmp_path / "out")
     metadata = checkpoint.Reader(folder).read_metadata()
-    next(iter(metadata.storage_data.values())).relative_path = "../x.distcp"
+    for name in ("../x.distcp", "/x.distcp", "a/x.distcp"):
+        next(iter(metadata.storage_data.values())).relative_path = name
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises(ValueError, match="expected no folder"):
+            checkpoint.Reader(folder).read_metadata()
+
+
+def small(folder, inputs=2, **settings):
+    """A run of one linear layer, before its first step."""
+    nets = {name: torch.nn.Linear(inputs, 1, bias=False) for name in ("student", "fake")}
+    adam = {name: torch.optim.AdamW(net.parameters(), 0.1) for name, net in nets.items()}
+    return checkpoint.Run(nets, adam, folder, settings)
+
+
+def saved(folder, *steps, **options):
+    run_ = small(folder, **options)
+    for run_.step in steps:
+        run_.save()
+    return run_
+
+
+def test_the_newest_two_checkpoints_are_kept(tmp_path):
+    run_ = small(tmp_path)
+    (run_.folder / "step-0000003.bak").mkdir(parents=True)  # of a careful user
+    saved(tmp_path, 1, 2, 3, 10)
+    assert [path.name for path in run_.all()] == ["step-0000003", "step-0000010"]
+    assert {*run_.folder.iterdir()} == {*run_.all(), run_.folder / "step-0000003.bak"}
+    assert run_.newest() == f"the last whole checkpoint is {run_.all()[1]}"
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    """Torch says so by what is no Exception."""
+    run_ = saved(tmp_path, 1)
+    full = checkpoint.CheckpointException("long", {0: (OSError("No space left"), None)})
+    monkeypatch.setattr(checkpoint.dcp, "save", mock.Mock(side_effect=full))
+    run_.step = 2
+    with pytest.raises(OSError, match="cannot save .*step-0000002: No space left; the last whole .*0000001$"):
+        run_.save()
+    assert [path.name for path in run_.folder.iterdir()] == ["step-0000001"]
+
+
+def test_a_run_begins_as_with_a_fresh_optimiser(tmp_path):
+    """Though a checkpoint needs the state that AdamW makes at its first gradient."""
+    run_ = small(tmp_path)
+    net = run_.nets["student"]
+    fresh = torch.nn.Parameter(net.weight.detach().clone())
+    net.weight.grad = fresh.grad = torch.tensor([[1.0, -3.0]])
+    for optimiser in (run_.optimisers["student"], torch.optim.AdamW([fresh], 0.1)):
+        optimiser.step(), optimiser.step()
+    assert torch.equal(net.weight, fresh)
+
+
+@pytest.mark.parametrize("place", [0.01, 0.99])
+def test_every_file_of_a_checkpoint_is_held_against_its_checksum(place, tmp_path):
+    """Also a large one, from its first to its last bytes; and the list of checksums itself."""
+    folder = saved(tmp_path, 1, inputs=200_000).all()[0]
+    names = {path.name for path in folder.iterdir()}
+    assert {".metadata", "settings.json", "checksums.json"} < names
+    for path in [*folder.iterdir()]:
+        whole = path.read_bytes()
+        at = int(place * len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+        words = f"damaged: {re.escape(path.name)} changed"
+        words = "half-written" if path.name == "checksums.json" else words
+        with pytest.raises(checkpoint.Damaged, match=words):
+            small(tmp_path, inputs=200_000).load(folder)
+        path.write_bytes(whole)
+    small(tmp_path, inputs=200_000).load(folder)
+    (folder / "settings.json").unlink(), os.mkfifo(folder / "settings.json")
+    with pytest.raises(checkpoint.Damaged, match="settings.json changed"):  # and not waited for
+        small(tmp_path).load(folder)
+    (folder / "checksums.json").write_text("3")
+    with pytest.raises(checkpoint.Damaged, match="half-written"):
+        small(tmp_path).load(folder)
+
+
+def test_a_checkpoint_that_names_a_file_it_lacks_is_damaged(tmp_path):
+    """By its own list of contents, whose checksum is right."""
+    folder = saved(tmp_path, 1).all()[0]
+    metadata = checkpoint.Reader(folder).read_metadata()
+    next(iter(metadata.storage_data.values())).relative_path = "x.distcp"
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match="expected no folder"):
-        checkpoint.Reader(folder).read_metadata()
+    write_json(folder / "checksums.json", checkpoint.checksums(folder))
+    with pytest.raises(checkpoint.Damaged, match=f"cannot read checkpoint {folder}: .*x.distcp"):
+        small(tmp_path).load(folder)
+
+
+@pytest.mark.parametrize("mine, words", [
+    (dict(share=1, lr=0.5), "share True -> 1$"), (dict(share=True, lr=0.5, new=2), "new None -> 2$"),
+    (dict(share=True), "lr 0.5 -> None$")])
+def test_resume_takes_no_other_settings(mine, words, tmp_path):
+    """Not even those of another type, nor one more or one less."""
+    saved(tmp_path, 1, share=True, lr=0.5)
+    with pytest.raises(ValueError, match=f"made with other settings: {words}"):
+        small(tmp_path, **mine).resume()
+
+
+@pytest.mark.parametrize("part", ["student", "fake", "average"])
+def test_no_part_of_a_checkpoint_is_saved_that_is_not_finite(part, tmp_path):
+    run_ = saved(tmp_path, 1)
+    weight = run_.average["weight"] if part == "average" else run_.nets[part].weight
+    weight.data[0, 1], run_.step = float("nan"), 2
+    with pytest.raises(FloatingPointError, match="step 2: weights are not finite after it; the last whole"):
+        run_.save()
+    assert [path.name for path in run_.folder.iterdir()] == ["step-0000001"]
+
+
+def test_the_average_takes_the_place_of_the_weights_for_a_while(tmp_path):
+    run_ = small(tmp_path)
+    own = run_.nets["student"].weight.detach().clone()
+    run_.average["weight"] += 1
+    with pytest.raises(RuntimeError, match="full"), run_.averaged() as net:
+        assert torch.equal(net.weight, own + 1)
+        raise RuntimeError("a full disk")
+    assert torch.equal(run_.nets["student"].weight, own)
+
+
+def test_the_average_is_what_is_exported(tmp_path):
+    """In float32, also where the network before training is of bfloat16."""
+    recipe, make = train.Recipe(lora=0), lambda: Wan(replace(preset("tiny")[0], num_layers=1))
+    run_ = checkpoint.Run({"student": make()}, {}, tmp_path, {"stage": "teacher"})
+    for p in run_.average.values():
+        p += 0.001
+    run_.export(tmp_path, lambda: make().bfloat16(), recipe)
+    made = weights(tmp_path)
+    assert made.keys() == run_.average.keys() and provenance(tmp_path) == {"stage": "teacher"}
+    assert all(torch.equal(made[key], p) for key, p in run_.average.items())
+
+
+def test_sigterm_to_another_process_stops_this_one(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(checkpoint.anyflow, "sum_over_processes", lambda x: x + 1)
+    assert checkpoint.Stop(torch.device("cpu"))
 
 
 def test_published_folders_run_no_code(tmp_path, monkeypatch):
@@ -266,13 +409,29 @@ def test_shards_are_not_mixed_nor_cut(tmp_path, capsys):
     assert "skipped 2 bad" in said and str(first) in said and str(cut) in said
 
 
-def clips_of_videos(folder, rank=0, world=1):
+@pytest.mark.parametrize("null, latents, text, words", [
+    ((1, 7, 32), (3, 2, 3, 4, 6), (2, 7, 32), r"latents \(3, 2, 3, 4, 6\) and text \(2, 7, 32\), expected"),
+    ((1, 7, 32), (2, 2, 3, 6, 4), (2, 7, 32), r"latents \(2, 2, 3, 6, 4\) .*, expected \(n, 2, 3, 4, 6\)"),
+    ((2, 7, 32), (2, 2, 3, 4, 6), (2, 7, 32), "null.safetensors has text .*, expected finite numbers"),
+    ((1, 7, 16), (2, 2, 3, 4, 6), (2, 7, 16), "null.safetensors has text .*, expected finite numbers"),
+    (None, (2, 2, 3, 4, 6), (2, 7, 32), "null.safetensors has text .*, expected finite numbers")])
+def test_shards_of_other_shapes_and_a_null_prompt_that_is_none_are_told(null, latents, text, words, tmp_path):
+    null = torch.full((1, 7, 32), float("inf")) if null is None else torch.zeros(null)
+    save_file({"text": null}, tmp_path / "null.safetensors")
+    save_file({"latents": torch.zeros(latents), "text": torch.zeros(text)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=words):
+        Shards(tmp_path, (2, 3, 4, 6), 32)
+
+
+def clips_of_videos(folder, rank=0, world=1, text_dim=32, codec=None, negative=""):
     """`prepare` of five videos into folder/out, two a shard; no ffmpeg: a video is its file's number."""
-    for i in range(5):
-        folder.mkdir(exist_ok=True)
-        (folder / f"{i}.mp4").touch(), (folder / f"{i}.txt").write_text(f"clip {i}")
-    codec = Codec()
-    return prepare.prepare(folder, folder / "out", (3, 3, 4, 6), 32, codec, codec, "", 2, rank, world)
+    folder.mkdir(exist_ok=True)
+    for path in (folder / f"{i}.{ending}" for i in range(5) for ending in ("mp4", "txt")):
+        if not path.exists():
+            path.write_text(f"clip {path.stem}")
+    codec = codec or Codec()
+    shape = 3, 3, 4, 6
+    return prepare.prepare(folder, folder / "out", shape, text_dim, codec, codec, negative, 2, rank, world)
 
 
 def read_number(path, frames, height, width):
@@ -311,6 +470,107 @@ def test_shard_that_no_manifest_names_is_no_second_copy(tmp_path, monkeypatch, c
     assert "001-000000.safetensors: in no manifest" in capsys.readouterr().err
 
 
+def test_two_processes_prepare_each_clip_once_and_one_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "read_video", read_number)
+    folder = tmp_path / "videos"
+    for _ in range(2):
+        assert [clips_of_videos(folder, rank, 2) for rank in (0, 1)] == [(3, 0), (2, 0)]
+    assert clips_of_videos(folder) == (3, 0), "its own; those of the other are in shards, too"
+    assert len(Shards(folder / "out", (3, 3, 4, 6), 32)) == 5
+
+
+def test_a_shard_that_is_damaged_twice_is_kept_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "read_video", read_number)
+    folder = tmp_path / "videos"
+    for times in range(3):
+        assert clips_of_videos(folder) == (5, 0) and len([*folder.glob("out/*.damaged")]) == times
+        max(folder.glob("out/[0-9]*.safetensors")).write_bytes(b"x")
+
+
+def test_captions_and_the_null_prompt_are_what_their_files_say(tmp_path, monkeypatch):
+    """Without a mark of their encoding or empty lines; one that is no text is skipped. Told where a video or
+    caption is newer than its clip."""
+    monkeypatch.setattr(prepare, "read_video", read_number)
+    folder, codec = tmp_path / "videos", Codec()
+    folder.mkdir()
+    for i, said in enumerate((b"\xef\xbb\xbfclip\r\n", b"\n clip ", b"\xff\xfec\0", b" \n")):
+        (folder / f"{i}.txt").write_bytes(said)
+    (folder / "0.mp4").touch(), (folder / "0.mp4").rename(folder / "5.MP4")
+    (folder / "5.txt").write_text("clip")
+    assert clips_of_videos(folder, negative="bad") == (4, 2)
+    made = load_file(folder / "out" / "000-000000.safetensors")
+    assert torch.equal(made["text"], codec(2 * ["clip"]).bfloat16()) and made["text"].dtype == torch.bfloat16
+    assert torch.equal(load_file(folder / "out" / "null.safetensors")["text"], codec(["bad"]).bfloat16())
+    rows = [json.loads(line) for line in open(folder / "out" / "manifest-000.jsonl")]
+    bad = [row for row in rows if "error" in row]
+    assert [row["video"] for row in bad] == ["2.mp4", "3.mp4"]
+    assert all("no caption in UTF-8" in row["error"] for row in bad)
+    assert "5.MP4" in {row["video"] for row in rows}
+
+
+def test_a_newer_video_is_told_once_and_stays_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "read_video", read_number)
+    folder = tmp_path / "videos"
+    clips_of_videos(folder)
+    now = time.time()
+    for i, name in enumerate(("null", "000-000000", "000-000001", "000-000002")):
+        os.utime(folder / "out" / f"{name}.safetensors", (now + 100 * i, now + 100 * i))
+    os.utime(folder / "2.mp4", (now + 250, now + 250)), os.utime(folder / "4.mp4", (now + 250, now + 250))
+    monkeypatch.setattr(Codec, "encode", lambda *_: pytest.fail("it is encoded again"))
+    capsys.readouterr()
+    clips_of_videos(folder)
+    assert "1 videos or captions are newer than their clips, which stay as they are, first 2.mp4" in (
+        capsys.readouterr().err)
+    clips_of_videos(folder, 1, 2)
+    assert "newer" not in capsys.readouterr().err
+
+
+def test_a_text_encoder_or_vae_of_another_size_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "read_video", read_number)
+    with pytest.raises(ValueError, match="text encoder is 32 wide, expected 16 for the preset"):
+        clips_of_videos(tmp_path / "videos", text_dim=16)
+    codec = Codec()
+    codec.encode = lambda video: torch.zeros(1, 3, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"the VAE makes \(3, 3, 4, 4\), expected \(3, 3, 4, 6\)"):
+        clips_of_videos(tmp_path / "videos", codec=codec)
+
+
+def test_the_command_prepares_with_what_it_is_given(tmp_path, monkeypatch, capsys):
+    """The text of a file, without its empty lines; nothing into the folder that it reads; no clip: told."""
+    made = {name: mock.Mock() for name in ("TextEncoder", "VAE", "prepare")}
+    for name, stub in made.items():
+        monkeypatch.setattr(prepare, name, stub)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    init, out = tmp_path / "wan", tmp_path / "out"
+    init.mkdir(), (tmp_path / "negative.txt").write_text("\ufeffbad\n\n")
+    made["prepare"].return_value = 0, 3
+    monkeypatch.chdir(tmp_path)
+    for name in ("videos", "others"):
+        Path(name).mkdir(), Path(name, "a.mp4").touch()
+    command = ["--preset", "wan-1.3b", "--init", init, "--videos", "videos", "--data", out,
+               "--negative", f"@{tmp_path / 'negative.txt'}", "--clips-per-shard", "7", "--device", "cpu"]
+    prepare.main([*map(str, command)])  # of two processes, the other may have better ones
+    encode, vae = made["TextEncoder"](), made["VAE"]()
+    wanted = Path("videos"), out, (21, 16, 60, 104), 4096, encode, vae, "bad", 7, 1, 2
+    assert made["prepare"].call_args == mock.call(*wanted)
+    assert made["TextEncoder"].call_args_list[0] == mock.call(init, torch.device("cpu"), torch.float32)
+    monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(SystemExit, match="none of the 3 videos in videos could be used"):
+        prepare.main([*map(str, command)])
+    made["prepare"].return_value = 4, 3
+    prepare.main([*map(str, command)])
+    assert "4 clips by process 0 in" in capsys.readouterr().out
+    (out / "000-000000.safetensors").touch()
+    for key, value in (("--preset", "wan-14b-causal-x"), ("--videos", "others"), ("--init", tmp_path)):
+        other = [value if before == key else word for before, word in zip(["", *command], command)]
+        other = ["tiny" if word == "wan-14b-causal-x" else word for word in other]
+        with pytest.raises(SystemExit, match="was prepared from"):
+            prepare.main([*map(str, other)])
+    with pytest.raises(SystemExit, match="would be written and is read"):
+        prepare.main([*map(str, [init if word == out else word for word in command])])
+
+
 def test_prepare_keeps_its_settings_once_a_shard_is_made(tmp_path, monkeypatch):
     """A first command that failed does not bind the next one."""
     monkeypatch.setattr(prepare, "TextEncoder", mock.Mock())
@@ -326,6 +586,81 @@ def test_prepare_keeps_its_settings_once_a_shard_is_made(tmp_path, monkeypatch):
     (tmp_path / "out" / "000-000000.safetensors").touch()
     with pytest.raises(SystemExit, match="was prepared from .*two.*, expected .*three"):
         main("three")
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """So that after a power loss it is the old one or the new one, whole."""
+    done, sync, replace_ = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_size), sync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("renamed"), replace_(*names)))
+    write_json(tmp_path / "new" / "a.json", 12345)
+    assert done == [6, "renamed"] and [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
+
+
+def test_a_folder_is_held_to_the_end_and_what_its_holder_writes_stays(tmp_path):
+    """Anew by the same process, too, which tells its name once."""
+    hold(tmp_path), hold(tmp_path / "x" / "..")
+    with open(tmp_path / ".lock") as lock:
+        assert lock.read() == f"process {os.getpid()} of {socket.gethostname()}"
+        for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    other = tmp_path / "other"
+    other.mkdir(), (other / ".0123.part.json").touch()
+    with open(other / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="in use by another process"):
+            hold(other)
+    assert (other / ".0123.part.json").exists()
+
+
+def test_a_text_file_is_read_without_the_mark_of_its_encoding(tmp_path):
+    for name, text in (("a", "\ufeff\n\u00e9 cat \n\n"), ("b", '\ufeff{"a": 1}')):
+        (tmp_path / name).write_text(text, "utf-8")
+    assert text_of(f"@{tmp_path / 'a'}") == "\u00e9 cat" and text_of(" @b ") == " @b "
+    assert read_json(tmp_path / "b") == {"a": 1}
+
+
+def test_larger_patches_lie_on_straight_lines_between_the_numbers_of_smaller_ones():
+    first = {"weight": torch.tensor([[0.0, 4.0], [8.0, 12.0]]).view(1, 1, 1, 2, 2), "bias": torch.ones(1)}
+    line = torch.tensor([0.0, 1.0, 3.0, 4.0])
+    made = compressed_patches(first, (1, 4, 4))
+    assert torch.allclose(made["weight"][0, 0, 0], line + 2 * line[:, None]) and made["bias"] == 1
+
+
+@pytest.mark.parametrize("error, said", [
+    (MemoryError(), "MemoryError"), (OSError(28, "No space left"), "No space left"),
+    (SafetensorError("no\nfile"), "no$"), (ZeroDivisionError("by zero"), "by zero"),
+    (FloatingPointError("nan"), "nan"), (RuntimeError("\n rank 1\n"), "rank 1$"), (ValueError("v"), "v$"),
+    (KeyboardInterrupt(), "stopped; it goes on$"), (torch.OutOfMemoryError("9 GiB\nx"), "9 GiB needs less$"),
+    (checkpoint.CheckpointException("long", {1: (OSError("this one"), None)}), "this one$")], ids=repr)
+def test_a_command_ends_in_one_sentence_whatever_happens(error, said, monkeypatch):
+    def run():
+        raise error if isinstance(error, Exception | KeyboardInterrupt) else RuntimeError(reason(error))
+
+    with pytest.raises(SystemExit, match=f"^name: .*{said}") as end:
+        command("name", run, "it goes on", lambda: "needs less")
+    assert "\n" not in str(end.value)
+
+
+def test_sigterm_is_ctrl_c_within_a_command_and_what_it_was_after_it():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit, match="name: stopped; it goes on"):
+            command("name", lambda: os.kill(os.getpid(), signal.SIGTERM), "it goes on")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_each_process_of_a_node_takes_its_own_gpu_if_none_is_named(monkeypatch):
+    monkeypatch.setenv("RANK", "11"), monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device_of("cpu") == torch.device("cpu")
+    for name in ("cuda", "nonsense"):
+        with pytest.raises(ValueError, match=f"--device {name}: "):
+            device_of(name)
+    monkeypatch.setattr(torch, "empty", lambda *_, **options: None)
+    assert [device_of(name).index for name in ("cuda", "cuda:5")] == [3, 5]
 
 
 def test_files_are_as_readable_as_the_user_wants(tmp_path):
@@ -478,6 +813,7 @@ def test_weights_that_are_no_finite_real_numbers_are_told_at_loading(made, tmp_p
 @pytest.mark.parametrize("options, words", [
     (["--out", ""], "it is empty"), (["--data", ""], "it is empty"), (["--init", ""], "it is empty"),
     (["--teacher", ""], "it is empty"), (["--judge", ""], "it is empty"),
+    (["--compile", "yes"], "found 'yes', expected true or false"), (["--batch", "4.5"], "an integer"),
     (["--seed", "-1"], "'-1' is no integer"), (["--seed", str(2**32)], "from 0 to 2^32 - 1")])
 def test_empty_names_and_foreign_seeds_are_refused(options, words, capsys):
     with pytest.raises(SystemExit) as error:

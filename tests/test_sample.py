@@ -1,9 +1,12 @@
 """Prompts and pixels: sample.py against the published pipelines on small random folders, and on bad input."""
 
+import fnmatch
 import importlib
 import itertools
 import json
+import logging
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -13,12 +16,29 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
+from full import pixels as full_pixels
+from full.data import preset
 from full.hub import find
-from full.pixels import TextEncoder, clips_of, read_image, read_video, save
+from full.pixels import (
+    VAE,
+    Published,
+    TextEncoder,
+    clean_prompt,
+    clips_of,
+    context_of,
+    crop_and_resize,
+    latent_shape,
+    loaded,
+    part_of,
+    read_image,
+    read_video,
+    save,
+)
 from toy.world import embed, parse_prompt
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 17
@@ -217,6 +237,133 @@ def test_pixels_that_are_not_square_are_shown_as_they_look(tmp_path):
     assert read_video(tmp_path / "b.mp4", 3, 48, 80)[1] == "80 x 48 of 160 x 48"
 
 
+def test_of_another_aspect_the_middle_is_used():
+    """Of rows as of columns, pixel by pixel where the size is the same."""
+    frame = np.broadcast_to(np.arange(61, dtype=np.uint8)[:, None, None], (61, 40, 3))
+    for x, used in ((crop_and_resize(frame, 41, 40)), crop_and_resize(frame.swapaxes(0, 1), 40, 41)):
+        line = x[0, :, 0] if x.shape[1] == 41 else x[0, 0]
+        assert torch.equal((255 * line).round(), torch.arange(10, 51.0))
+        assert used == ("40 x 41 of 40 x 61" if x.shape[1] == 41 else "41 x 40 of 61 x 40")
+
+
+def test_resizing_is_bicubic_without_alias_and_in_range():
+    """A parabola is enlarged exactly, thin lines at a third of the size are grey, an edge stays in [0, 1]."""
+    line = lambda values: np.broadcast_to(np.uint8(values)[None, :, None], (len(values), len(values), 3))
+    x, _ = crop_and_resize(line(np.arange(16) ** 2), 32, 32)
+    at = (torch.arange(32) + 0.5) / 2 - 0.5
+    assert torch.allclose(255 * x[0, 9, 4:-4], at[4:-4] ** 2, atol=0.01)
+    x, _ = crop_and_resize(line(np.arange(48) % 2 * 255), 16, 16)
+    assert (x[..., 2:-2] - 0.5).abs().max() < 0.15
+    x, _ = crop_and_resize(line([0] * 8 + [255] * 8), 24, 24)
+    assert x.min() == 0 and x.max() == 1
+
+
+def test_an_image_is_turned_as_its_camera_was_held(tmp_path):
+    exif, image = Image.Exif(), Image.fromarray(np.arange(72, dtype=np.uint8).reshape(4, 6, 3))
+    exif[0x0112] = 6  # a quarter to the right
+    image.save(tmp_path / "a.png"), image.save(tmp_path / "b.png", exif=exif)
+    plain, turned = read_image(tmp_path / "a.png", 4, 6)[0], read_image(tmp_path / "b.png", 6, 4)[0]
+    assert torch.equal(turned, plain.rot90(-1, (2, 3)))
+    Image.new("F", (6, 4)).save(tmp_path / "c.tiff")
+    with pytest.raises(ValueError, match="mode F, expected 8 bits"):
+        read_image(tmp_path / "c.tiff", 4, 6)
+
+
+@pytest.mark.parametrize("config, wanted", [
+    ({"shift": 3}, 3), ({"flow_shift": 8.0}, 8), ({"shift": None, "flow_shift": 2.0}, 2), ({}, 5), (None, 5)])
+def test_the_shift_of_sampling_is_the_folders_by_either_name(config, wanted, tmp_path):
+    if config is not None:
+        (tmp_path / "scheduler").mkdir()
+        write(tmp_path / "scheduler" / "scheduler_config.json", json.dumps(config))
+    assert Published(tmp_path, "cpu").shift() == wanted
+
+
+def test_prompts_are_cleaned_as_published():
+    pytest.importorskip("ftfy")
+    assert clean_prompt(" a &amp;lt;b \n\t caf\u00c3\u00a9 ") == "a <b caf\u00e9"
+
+
+def stub(monkeypatch, **functions):
+    """A VAE's model with two channels of mean 1, 2 and std 2, 4, and some functions of its own."""
+    config = SimpleNamespace(latents_mean=[1.0, 2.0], latents_std=[2.0, 4.0], scale_factor_temporal=4,
+                             scale_factor_spatial=8)
+    model = SimpleNamespace(config=config, **functions)
+    model.to = model.eval = lambda *_: model
+    monkeypatch.setattr(full_pixels, "optional", lambda *_: SimpleNamespace(AutoencoderKLWan=None))
+    monkeypatch.setattr(full_pixels, "loaded", lambda *_, **options: model)
+
+
+def test_latents_are_normalised_and_pixels_in_range_and_what_is_not_finite_is_told(tmp_path, monkeypatch):
+    """(x - mean) / std of each channel, and back; from -1 to 1 as 0 to 1."""
+    (tmp_path / "vae").mkdir()
+    made = lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: x[:, :2]))
+    stub(monkeypatch, encode=made, decode=lambda x: SimpleNamespace(sample=x))
+    vae, x = VAE(tmp_path), torch.tensor([[3.0, 10.0]])[:, None, :, None, None]
+    assert torch.equal(vae.encode((x + 1) / 2).flatten(), torch.tensor([1.0, 2.0]))
+    y = vae.decode(torch.tensor([[-0.25, -1.0], [-5.0, 5.0]])[:, None, :, None, None])
+    assert torch.equal(y.flatten(), torch.tensor([0.75, 0.0, 0.0, 1.0]))
+    for words, call in (("latents", vae.encode), ("pixels", vae.decode)):
+        with pytest.raises(ValueError, match=f"1 of 2 {words} are not finite"):
+            call(torch.tensor([[1.0, math.nan]])[:, None, :, None, None])
+
+
+def test_a_vae_of_other_channels_is_told_and_clips_are_side_by_side(tmp_path, monkeypatch):
+    (tmp_path / "vae").mkdir()
+    stub(monkeypatch)
+    parts = Published(tmp_path, "cpu")
+    with pytest.raises(ValueError, match="makes 2 channels, expected 16"):
+        parts.open_vae(16)
+    video = torch.rand(2, 5, 3, 4, 6)
+    parts.vae = SimpleNamespace(decode=lambda latents: video)
+    made = parts.pixels(None)
+    wanted = (255 * torch.cat([*video], -1)).round().byte().permute(0, 2, 3, 1)
+    assert np.array_equal(made, wanted)
+
+
+def test_each_prompt_has_its_own_embedding(monkeypatch):
+    encode = lambda prompts: torch.tensor([[[float(prompt)]] for prompt in prompts])
+    monkeypatch.setattr(full_pixels, "TextEncoder", lambda *_: encode)
+    parts = Published("folder", "cpu")
+    parts.read_prompts(["3", "1", "2"], torch.float32)
+    assert [parts.text(prompt).tolist() for prompt in "123"] == [[[[1.0]]], [[[2.0]]], [[[3.0]]]]
+
+
+def test_what_is_no_file_in_a_published_folder_is_told(tmp_path):
+    (tmp_path / "vae").mkdir(), os.mkfifo(tmp_path / "vae" / "config.json")
+    with pytest.raises(ValueError, match="config.json is neither a file nor a folder"):
+        part_of(tmp_path, "vae")
+
+
+def test_others_may_log_again_after_a_folder_was_read():
+    kind = SimpleNamespace(from_pretrained=lambda folder: 1 / 0)
+    with pytest.raises(ValueError, match="folder cannot be loaded: division"):
+        loaded(kind, "folder")
+    assert logging.root.manager.disable == 0
+
+
+def test_files_have_the_rate_asked_for(tmp_path):
+    """A GIF goes on for ever."""
+    imageio, frames = pytest.importorskip("imageio.v3"), np.zeros((5, 32, 32, 3), np.uint8)
+    frames += np.arange(5, dtype=np.uint8)[:, None, None, None]  # of equal ones a GIF would keep one
+    pytest.importorskip("imageio_ffmpeg")
+    save(tmp_path / "a", [".gif", ".mp4"], None, frames, 8)
+    assert imageio.immeta(tmp_path / "a.mp4", plugin="FFMPEG")["fps"] == 8
+    info = Image.open(tmp_path / "a.gif").info
+    assert info["loop"] == 0 and info["duration"] == pytest.approx(1000 / 8, abs=10)
+
+
+@pytest.mark.parametrize("frames, shown", [(17, [*range(1, 18, 2)]), (2, [1, 2])])
+def test_a_contact_sheet_shows_up_to_nine_frames_evenly_spread(frames, shown, tmp_path, monkeypatch):
+    drawn, titles = [], []
+    for name in ("tight_layout", "savefig"):
+        monkeypatch.setattr(pyplot.Figure, name, lambda *given, **options: None)
+    monkeypatch.setattr(pyplot.Axes, "imshow", lambda self, x, **options: drawn.append(x[0, 0, 0] + 1))
+    monkeypatch.setattr(pyplot.Axes, "set_title", lambda self, text, **options: titles.append(text))
+    pixels = np.arange(frames, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+    full_pixels.write_contact_sheet(pixels, tmp_path / "a.png")
+    assert drawn == shown and titles == [f"frame {number}" for number in shown]
+
+
 ROWS = [{"prompt_en": "a cat", "aug_prompt_en": "a very small cat"}, {"prompt_en": "b", "aug_prompt_en": "c"}]
 
 
@@ -242,21 +389,81 @@ def test_a_prompt_that_comes_twice_takes_its_seeds_twice_and_keeps_its_last_clip
         "a cat-0": ("another", 2), "b-0": ("c", 1), "d-0": ("e", 3)}
 
 
+def test_a_text_may_begin_with_a_bracket(tmp_path):
+    options = ["--prompts", str(write(tmp_path / "p", "[a cat] sits\nb")), "--out", str(tmp_path / "o")]
+    assert [text for text, *_ in clips_of(sample.parse(options), [".gif"])] == ["[a cat] sits", "b"]
+
+
+def test_long_prompts_have_names_of_their_own_that_a_file_can_have(tmp_path):
+    """Also where the cut goes through a letter; the short ones are named as they are."""
+    prompts = ["short", *(f"{start}{150 * 'ä'}{end}" for start in ("", "a") for end in "12")]
+    clips = clips_of(sample.parse(["--prompt", *prompts, "--out", str(tmp_path)]), [".safetensors"])
+    names = [stem.name for *_, stem in clips]
+    assert len({*names}) == 5 and names[0] == "short-0"
+    for name in names:
+        (tmp_path / f"{name}.safetensors").touch()
+
+
+def test_a_clip_is_made_again_where_one_of_its_files_is_missing(tmp_path):
+    args = sample.parse(["--prompt", "a", "b", "--out", str(tmp_path)])
+    for name in ("a-0.gif", "b-0.gif", "b-0.png"):
+        (tmp_path / name).touch()
+    assert [text for text, *_ in clips_of(args, [".gif", ".png"])] == ["a"]
+
+
+@pytest.mark.parametrize("prompts, words", [(["a", " "], "--prompt is empty"), (["\udcff"], "is no UTF-8")])
+def test_one_prompt_of_several_that_is_none_is_told(prompts, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        clips_of(sample.parse(["--prompt", *prompts, "--out", str(tmp_path)]), [".gif"])
+
+
+@pytest.mark.parametrize("name, multiple", [("wan-1.3b", 16), ("wan-1.3b-causal", 32)])
+def test_a_clip_has_the_size_asked_for_or_else_the_trained_one(name, multiple):
+    """Width and height in whole patches, of a causal model in those of its past chunks."""
+    config, _ = preset(name)
+    shape = lambda made, *size: latent_shape(
+        SimpleNamespace(**dict(zip(("frames", "height", "width"), size))), config, made, (4, 8))
+    assert shape({}, None, None, None) == (21, 16, 60, 104)
+    assert shape({"shape": (9, 16, 30, 52)}, None, None, 96) == (9, 16, 30, 12)
+    assert shape({}, 9, 64, 96) == (3, 16, 8, 12)
+    for side, size in (("height", (9, 64 + multiple // 2, 96)), ("width", (9, 64, 96 + multiple // 2))):
+        with pytest.raises(ValueError, match=f"{side} is .*, expected a multiple of {multiple}"):
+            shape({}, *size)
+
+
+@pytest.mark.parametrize("name", ["wan-1.3b", "wan-1.3b-causal"])
+def test_of_a_video_25_frames_are_given_if_nothing_is_said(name, monkeypatch):
+    """The most whole chunks of as many; never the whole clip."""
+    asked = []
+    monkeypatch.setattr(full_pixels, "read_video", lambda *given: (asked.append(given) or given, None))
+    parts, (config, shape) = Published("folder", "cpu"), preset(name)
+    parts.latents = lambda video: video
+    args = SimpleNamespace(context=None, image=None, video="a.mp4", chunks=None, given=None)
+    assert context_of(args, config, shape, parts) == asked[0] == ("a.mp4", 25, 480, 832)
+    args.given = 25
+    with pytest.raises(ValueError, match="25 frames of --video are given, expected"):
+        context_of(args, config, (7, *shape[1:]), parts)
+
+
 def test_names_that_are_no_folders_are_looked_for_on_the_hub(tmp_path, monkeypatch):
     """AUTHOR/MODEL with its revision; a folder of that name comes first; no network or package: told."""
     hub = SimpleNamespace(asked=[])
+    files = ["vae/config.json", "x.safetensors", "merges.txt", "spiece.model", "x.bin", "x.py", "x.pth"]
 
     def download(name, revision, allow_patterns, ignore_patterns):
         hub.asked.append((name, revision, ignore_patterns))
+        fetched = {file for file in files if any(fnmatch.fnmatch(file, form) for form in allow_patterns)}
+        assert fetched == {*files[:4]}, "weights, configs and tokenizers, nothing that runs code"
         if "none" in name:
-            raise OSError("cannot reach the hub\nmore of it")
+            raise Exception("cannot reach the hub\nmore of it")  # of whatever kind
         return str(tmp_path / "cache")
 
     hub.snapshot_download = download
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nvidia" / "here").mkdir(parents=True)
-    assert find("nvidia/here") == Path("nvidia/here") and find("/no/folder") == Path("/no/folder")
+    for name in ("nvidia/here", "/no/folder", "../folder", "./folder", "no/such/folder", "folder"):
+        assert find(name) == Path(name)
     assert find("nvidia/AnyFlow", "main") == tmp_path / "cache"
     assert find("nvidia/AnyFlow", ignore="vae/*") == tmp_path / "cache"
     assert hub.asked == [("nvidia/AnyFlow", "main", None), ("nvidia/AnyFlow", None, "vae/*")]

@@ -1,5 +1,6 @@
 """The training loop: that it resumes exactly, that processes share a batch, and what it says to bad input."""
 
+import collections
 import copy
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ import anyflow
 import sample
 import train
 from full import checkpoint, folders, lora, parallel, plan, prepare
+from full.compile import what_needs_less
 from full.data import Shards, preset
 from full.files import STAGES, WEIGHTS, provenance
 from full.options import check, expected, option
@@ -421,6 +424,121 @@ def test_plan_adds_up(monkeypatch, capsys):
     assert ["stages", "0,", "1", "and", "2", "together:", "12", "GPU-days"] in lines
 
 
+@pytest.mark.parametrize("part", plan.PARTS)
+def test_a_plan_fits_where_a_tenth_of_a_card_is_free(part):
+    """Weights, gradients, optimiser and average are divided by the GPUs of a node, the rest is not."""
+    gib, divided = 2.0**30, part in ("weights", "gradients", "optimiser", "average")
+    least = lambda size, card: plan.least_gpus({part: size * gib}, 8, 8, card)
+    assert least(21.5, 24) == (8 if divided else 1) and least(21.7, 24) == "no"
+    assert least(5.3, 24) == (2 if divided else 1) and least(73, 80) == "no" and least(0.1, 24) == 1
+
+
+@pytest.mark.parametrize("stage", ["flowmap", "onpolicy"])
+@pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2)])
+@pytest.mark.parametrize("lora, share", [(0, True), (4, True), (4, False)])
+def test_a_plans_memory_is_the_sum_over_weights(stage, dtype, size, lora, share):
+    """Trained ones take 4 bytes, as much a gradient, twice as much AdamW, as much the student's average;
+    frozen ones that of the work, once where they are shared; two blocks and all roots are gathered."""
+    recipe = train.Recipe(dtype=dtype, lora=lora, share=share, target="teacher", merge=True)
+    config = replace(preset("tiny")[0], num_layers=2)
+    nets = plan.networks_on_meta(stage, recipe, config)
+    count = lambda ps: sum(p.numel() for p in ps)
+    learns = {role: count(p for p in net.parameters() if p.requires_grad) for role, net in nets.items()}
+    frozen = {role: count(net.parameters()) - learns[role] for role, net in nets.items()}
+    held = sum(frozen.values())
+    if lora and share:  # one base for all; what only a student has beside
+        held = frozen["teacher"] + frozen["student"] - count(
+            p for name, p in nets["student"].named_parameters() if not p.requires_grad
+            and name in nets["teacher"].state_dict())
+    all_ = sum(learns.values())
+    roots = sum(count(net.parameters()) - count(net.blocks.parameters()) for net in nets.values())
+    blocks = max(count(net.blocks[0].parameters()) for net in nets.values())
+    wanted = {"weights": 4 * all_ + size * held, "gradients": 4 * all_, "optimiser": 8 * all_,
+              "average": 4 * learns["student"]}
+    wanted = {key: value / 2 for key, value in wanted.items()} | {"gathered": size * (2 * blocks + roots)}
+    assert plan.memory_of(nets, recipe, 2) == pytest.approx(wanted)
+
+
+def planned(monkeypatch, cost):
+    """`plan.cost_of_training` of small stages whose steps cost cost(stage, recipe, chunks, place) a layer."""
+    asked = []
+
+    def counted(stage, recipe, config, shape, layers, steps, place, chunks):
+        asked.append((stage, steps))
+        return steps * [(layers * cost(stage, recipe, chunks, place), [layers])]
+
+    monkeypatch.setattr(plan, "steps_on_meta", counted)
+
+    def flops(stage, name="tiny-causal", gpus=8, **changes):
+        config, shape = preset(name)
+        recipe = train.recipe_of("tiny", stage, dict(batch=8, bidirectional=0.0, target="data") | changes)
+        return plan.cost_of_training(stage, recipe, config, shape, gpus)[0] / config.num_layers
+
+    return flops, asked
+
+
+def test_a_plan_is_a_mean_over_the_numbers_of_chunks_and_over_whole_clips(monkeypatch):
+    """Half of the steps have three chunks, the others three to five; a share a whole clip beside."""
+    flops, _ = planned(monkeypatch, lambda stage, recipe, chunks, place: chunks + 100 * recipe.bidirectional)
+    assert flops("flowmap") == pytest.approx((3 + 4) / 2) == flops("teacher")
+    for stage in ("teacher", "flowmap"):
+        assert flops(stage, bidirectional=0.1) == pytest.approx(3.5 + 10)
+
+
+def test_a_plan_of_one_clip_has_a_jump_in_as_many_steps_as_asked_for(monkeypatch):
+    flops, _ = planned(monkeypatch, lambda stage, recipe, chunks, place: 10 * (place[0] + 1) / place[1])
+    assert flops("flowmap", "tiny", 1, batch=1, diffusion=0.3) == pytest.approx(0.7 * 10 + 0.3 * 5)
+    assert flops("flowmap", "tiny", 8, batch=8) == 10  # the GPU with most to do
+
+
+@pytest.mark.parametrize("chunks, draws", [(0, 1), (2, 5), (5, 1)])
+def test_a_plan_of_stage_two_is_a_step_of_stage_one_and_a_rollout_of_3_less_2_over_n_jumps(
+        chunks, draws, monkeypatch):
+    """The mean over draws of chunks that have a gradient."""
+    cost = lambda stage, recipe, chunks, place: chunks + (stage == "onpolicy") * (
+        50 if recipe.rollout_steps == (1,) else 150)
+    flops, asked = planned(monkeypatch, cost)
+    made = flops("onpolicy", rollout_steps=(2, 4, 16), fake_steps=1, grad_chunks=chunks)
+    assert made == pytest.approx(3.5 + 50 * statistics.mean(3 - 2 / n for n in (2, 4, 16)))
+    assert {steps for stage, steps in asked if stage == "onpolicy"} == {draws}
+
+
+@pytest.mark.parametrize("options, batch", [
+    ("--gpus 4", 16), ("--gpus 6 --gpus-per-node 2", 18), ("--gpus 6 --gpus-per-node 2 --accumulate 2", 24)])
+def test_a_plan_has_a_clip_for_each_gpu_and_micro_batch(options, batch, monkeypatch, capsys):
+    """At least the published batch; stage 0 is bidirectional; to sample takes whole weights in bfloat16."""
+    asked, forms = [], []
+    monkeypatch.setattr(plan, "cost_of_training", lambda stage, recipe, config, *_: (
+        asked.append((stage, config.kind, recipe.batch)), (4e15, {"weights": 2**30}))[1])
+    monkeypatch.setattr(plan, "cost_of_sampling", lambda *_: (1e15, 2**30))
+    monkeypatch.setattr(plan, "networks_on_meta", lambda *_: {})
+    monkeypatch.setattr(plan, "memory_of", lambda nets, recipe, shards: (
+        forms.append((recipe.lora > 0, recipe.lora > 0 and recipe.share)), collections.Counter())[1])
+    plan.main(f"--preset wan-14b-causal {options}".split())
+    lines = capsys.readouterr().out.splitlines()
+    assert "; 32,760 tokens" in lines[0]
+    assert asked == [(stage, "anyflow" if stage == "teacher" else "causal", batch) for stage in STAGES]
+    cost, memory = (line.split() for line in lines if line.startswith("clip, 4 calls"))
+    assert cost[-3:] == ["no", "1", "1"] and memory[3] == "26.67"
+    assert forms == [(False, False), (True, False), (True, True)]
+
+
+def test_a_plan_is_for_whole_nodes():
+    with pytest.raises(SystemExit, match="gpus are 12, expected a multiple of the 8 of a node"):
+        plan.main("--preset tiny --gpus 12".split())
+
+
+def test_a_plan_has_the_networks_of_a_stage_as_loras_on_one_base():
+    """Judge and fake score as Wan is published, of one time; teachers that a stage 0 has trained."""
+    config, recipe = preset("tiny-causal")[0], train.Recipe(lora=4, merge=False, target="teacher")
+    nets = plan.networks_on_meta("onpolicy", recipe, config, 1)
+    assert {role: net.config.kind for role, net in nets.items()} == {
+        "student": "causal", "teacher": "causal", "judge": "teacher", "fake": "teacher"}
+    assert all(any(".lora_" in name for name, _ in net.named_parameters()) for net in nets.values())
+    made = plan.networks_on_meta("teacher", recipe, preset("tiny")[0], 1)["student"]
+    assert made.config.kind == "teacher" and made.proj_out.weight.is_meta
+
+
 @pytest.fixture(scope="module")
 def adapted(story, tmp_path_factory):
     """A teacher of stage 0 and students of stage 1, each a LoRA of rank 4 on one raw model."""
@@ -507,6 +625,135 @@ def test_changes_as_small_as_rounding_of_a_bfloat16_base_are_a_lora_only_at_its_
         p += (0.0037 if dtype == torch.bfloat16 else 1e-4) * p.norm() / change.norm() * change
     starts, whole = lora.unmerge(net.to(dtype), base.state_dict(), 4, {})
     assert (len(starts), whole) == ((len(linears), 0) if rank == 4 else (0, len(linears)))
+
+
+def model_folder(path, kind="teacher", number=0.0, made=None, **changes):
+    """A small network in a folder: its last bias is the number."""
+    net = Wan(replace(preset("tiny")[0], num_layers=1, kind=kind, **changes))
+    torch.nn.init.constant_(net.proj_out.bias, number)
+    net.save_pretrained(path)
+    if made is not None:
+        (path / "anyflow.json").write_text(json.dumps(made))
+    return path
+
+
+def maker(stage, *given, baseline=False, causal=False, **changes):
+    """`make` of `folders.networks` for a network of one layer."""
+    name = "tiny-causal" if causal else "tiny"
+    recipe = train.Recipe(**dict(lora=0, balance=False) | changes)
+    config = replace(preset(name)[0], num_layers=1)
+    args = train.parse([stage, "--preset", name, *map(str, given)])
+    return folders.from_folders(stage, recipe, args, config, baseline)
+
+
+@pytest.mark.parametrize("stage, baseline, starts", [
+    ("teacher", False, ["teacher"]), ("flowmap", False, ["teacher", "flowmap", "onpolicy"]),
+    ("onpolicy", False, ["flowmap", "onpolicy"]), ("onpolicy", True, ["consistency"]),
+    ("consistency", True, ["teacher"])])
+def test_a_student_starts_where_the_stage_before_ended_or_from_a_published_folder(
+        stage, baseline, starts, tmp_path):
+    """And no student is a teacher: it is of stage 0 or published, too."""
+    folder = model_folder(tmp_path / "a", "teacher" if stage == "teacher" else "anyflow", 3.0)
+    make = maker(stage, "--init", folder, "--teacher", folder, baseline=baseline)
+    for made in (None, *STAGES):
+        (folder / "anyflow.json").write_text(json.dumps({"stage": made} if made else {}))
+        for role, fit in (("student", starts), ("teacher", ["teacher"])):
+            if made in (None, *fit):
+                assert (make(role).proj_out.bias == 3).all()
+            else:
+                with pytest.raises(ValueError, match=f"{folder} was made by stage {made}, expected "):
+                    make(role)
+
+
+def test_each_role_has_its_folder(tmp_path):
+    """The judge's is by default the teacher's, the teacher's in stage 1 the student's own."""
+    start, teacher, judge = (model_folder(tmp_path / str(i), number=i) for i in range(3))
+    init, own = ["--init", start], ["--teacher", teacher, "--judge", judge]
+    number = lambda make, role: make(role).proj_out.bias[0].item()
+    for stage, given, wanted in (
+            ("flowmap", init, dict(student=0, teacher=0)),
+            ("flowmap", init + own[:2], dict(student=0, teacher=1)),
+            ("onpolicy", init + own[:2], dict(student=0, teacher=1, judge=1, fake=1)),
+            ("onpolicy", init + own, dict(student=0, teacher=1, judge=2, fake=2))):
+        assert {role: number(maker(stage, *given), role) for role in wanted} == wanted
+    for role in ("teacher", "judge", "fake"):
+        with pytest.raises(ValueError, match="--teacher is missing, expected a model folder"):
+            maker("onpolicy", *init)(role)
+
+
+@pytest.mark.parametrize("stage, target, baseline, others", [
+    ("teacher", "teacher", False, ""), ("flowmap", "data", False, ""),
+    ("flowmap", "teacher", False, "teacher"), ("consistency", "data", True, "teacher"),
+    ("onpolicy", "data", False, "judge fake"),
+    ("onpolicy", "teacher", False, "teacher judge fake"), ("onpolicy", "data", True, "teacher judge fake")])
+def test_a_stage_has_no_network_that_it_does_not_ask(stage, target, baseline, others):
+    recipe = train.Recipe(target=target)
+    made = folders.networks(stage, recipe, baseline, lambda role: f"{role} made")
+    assert made == {role: f"{role} made" for role in ["student", *others.split()]}
+
+
+@pytest.mark.parametrize("kind, causal, wanted", [("teacher", False, "teacher"), ("causal", False, "anyflow"),
+                                                  ("anyflow", False, "anyflow"), ("teacher", True, "causal")])
+def test_a_teacher_keeps_the_kind_of_its_folder_but_for_chunks(kind, causal, wanted, tmp_path):
+    more = {key: getattr(preset("tiny-causal")[0], key) for key in folders.CAUSAL} if kind == "causal" else {}
+    folder = model_folder(tmp_path / "a", kind, **more)
+    assert maker("teacher", "--init", folder, causal=causal)("student").config.kind == wanted
+
+
+def test_a_teacher_from_nothing_begins_as_the_zero_function():
+    net, z = maker("teacher")("student"), torch.randn(1, 9, 3, 12, 12)
+    assert net.config.kind == "teacher" and not net(z, 0.7, 0.7, torch.randn(1, 4, 32)).any()
+
+
+def test_a_folder_of_another_architecture_is_told_but_for_the_longest_clip(tmp_path):
+    folder = model_folder(tmp_path / "a", rope_max_seq_len=512)
+    assert maker("teacher", "--init", folder)("student").config.rope_max_seq_len == 512
+    for key, value in (("text_dim", 16), ("cross_attn_norm", False)):
+        with pytest.raises(ValueError, match=f"--init .* has {key} {value}, expected .* as the preset"):
+            maker("teacher", "--init", model_folder(tmp_path / key, **{key: value}))("student")
+
+
+def test_the_base_of_a_lora_is_the_one_named_or_else_what_its_folder_says(tmp_path):
+    """Or else the folder itself; none without LoRA, and none where earlier ones are merged."""
+    raw, named, start = tmp_path / "raw", tmp_path / "named", model_folder(tmp_path / "a", made={})
+    raw.mkdir(), named.mkdir()
+    base = lambda base=None, init=start, **changes: folders.base_of(
+        mock.Mock(init=init, base=base), train.Recipe(**dict(lora=4, merge=False) | changes))
+    assert base() == str(start) and base(named) == str(named)
+    (start / "anyflow.json").write_text(json.dumps({"base": str(raw)}))
+    assert base() == str(raw) and base(named) == str(named)
+    assert base(init=None) is base(lora=0) is base(merge=True) is None
+
+
+def test_an_adapter_of_another_base_is_not_taken(tmp_path, monkeypatch):
+    """The weights are taken apart anew."""
+    raw, read = model_folder(tmp_path / "raw"), []
+    folder = model_folder(tmp_path / "a", made={"stage": "teacher", "base": str(raw)})
+    save_file({"x": torch.zeros(1)}, folder / lora.ADAPTER)
+    monkeypatch.setattr(folders, "read_adapter", lambda path: read.append(path) or {})
+    monkeypatch.setattr(folders, "unmerge", lambda *given: ({}, 0))
+    for base in (raw, model_folder(tmp_path / "other")):
+        options = ["--init", raw, "--teacher", folder, "--base", base]
+        maker("onpolicy", *options, lora=4, merge=False)("judge")
+    assert read == [folder]
+
+
+@pytest.mark.parametrize("stage, preset_, changes, helps", [
+    ("flowmap", "tiny-causal", dict(share=False, checkpointing="selective"),
+     "--accumulate 2, --checkpointing full, --share true, "),
+    ("flowmap", "tiny", dict(lora=0, accumulate=2, recompute_rollout=False), "--lora 256, "),
+    ("onpolicy", "tiny", dict(recompute_rollout=False, accumulate=2), "--recompute-rollout true, "),
+    ("onpolicy", "tiny-causal", dict(recompute_rollout=False, accumulate=2),
+     "--recompute-rollout true, --grad-chunks 2, "),
+    ("onpolicy", "tiny-causal", dict(recompute_rollout=False, accumulate=2, grad_chunks=3),
+     "--recompute-rollout true, "),
+    ("onpolicy", "tiny-causal", dict(accumulate=2), "")])
+def test_less_memory_is_taken_by_what_a_run_does_not_use_yet(stage, preset_, changes, helps, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4"), monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    usual = dict(batch=8, lora=4, share=True, checkpointing="full", recompute_rollout=True, grad_chunks=0)
+    said = what_needs_less(train.Recipe(**usual | changes), stage, preset_)
+    plan_ = f"python -m full.plan --preset {preset_} --gpus 4 --gpus-per-node 2"
+    assert said == f"It needs less with {helps}more GPUs; {plan_} says how much."
 
 
 def test_nodes_of_unequal_size_are_refused(monkeypatch):
@@ -898,7 +1145,8 @@ def test_broken_checkpoint_falls_back_to_the_one_before(story, tmp_path, capsys)
         assert "but there is none: train anew" in refused("teacher", *options, "--resume")
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), torch.OutOfMemoryError("too little")])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), torch.OutOfMemoryError("too little"),
+                                   MemoryError("too little")])
 def test_what_the_machine_lacks_is_no_damage(story, tmp_path, monkeypatch, error):
     """A checkpoint whose checksums are right stays where it is; one set aside is no reason to train anew."""
     folder = shutil.copytree(story["teacher"], tmp_path / "out")
@@ -1067,6 +1315,7 @@ class Declared:
     count: int = option(3, "how many", low=1, high=9)
     share: float = option(0.5, "of all", low=0, high=1)
     rate: float = option(1.0, "each second", above=0)
+    decay: float = option(0.5, "of the rest", low=0, below=1)
     switch: bool = option(True, "on or off")
     word: str = option("a", "one letter", choices=("a", "b"))
     place: str = option(None, "anywhere")
@@ -1075,6 +1324,7 @@ class Declared:
 
 
 FIT = {"count": [1, 9], "share": [0, 1, 0.0, 1.0, 5e-324], "rate": [5e-324, 1, 1e18],
+       "decay": [0, 0.999999],
        "switch": [True, False], "word": ["a", "b"], "place": [None, "", "x"], "sides": [(1, 4), [4, 1]],
        "steps": [(0,), [10**9, 0, 0]]}
 NAN, INF = math.nan, math.inf
@@ -1084,6 +1334,7 @@ UNFIT = {
     "share": ("a number .*0.*1", [
         -1e-9, 1.001, 2, True, False, "0.5", None, NAN, INF, [0.5], 10**400]),
     "rate": ("a number above 0", [0, 0.0, -1, NAN, INF, -INF, True, "1", None]),
+    "decay": ("a number of at least 0 and below 1", [-1e-9, 1, 1.0, 2, NAN]),
     "switch": ("true or false", [0, 1, 1.0, "true", None, []]),
     "word": ("one of a, b", ["c", "A", "", "ab", 0, None, True, ["a"], ("a",)]),
     "place": ("text", [0, 1.0, True, ["x"], {}]),
@@ -1149,6 +1400,7 @@ def test_presets_carry_the_published_recipe():
     assert not (forward.ema_ramp or forward.merge or policy.ema_ramp)
     config, shape = preset("wan-1.3b-causal")
     assert config.kind == "causal" and sum(config.chunk_partition) == shape[0] == 21
+    assert shape == (21, 16, 480 / 8, 832 / 8)
 
 
 def test_environment_is_left_alone():

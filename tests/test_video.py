@@ -1,15 +1,22 @@
-"""The video world's laws, and that the tracker sees each way of breaking them."""
+"""The video world's laws, a tracker that sees each way of breaking them, and what is told of models."""
 
+import json
 import math
+import types
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from anyflow import sample, time_grid
-from full.data import Shards
+from full.data import Shards, preset
+from full.files import WEIGHTS as FILE
+from full.files import provenance, write_json
 from model import Wan
 from sample import generate, sampler_of_folder
-from toy.video import SHIFT, STORY, WEIGHTS, Ruler, world_of, write_shards
+from toy import video
+from toy.video import NFE, SHIFT, STORY, TASKS, WEIGHTS, Ruler, decide, world_of, write_shards
 from toy.world import (
     KINDS,
     PAINT,
@@ -364,6 +371,20 @@ def test_shards_hold_the_worlds_clips(tmp_path):
     assert torch.equal(data.null, world.null)
 
 
+def test_epochs_of_shards_are_shuffled_by_the_seed_and_their_number(tmp_path):
+    """Each has every clip once; numbers of bfloat16 come in float32; what is still written is no shard."""
+    clips, half = torch.arange(16.0).reshape(16, 1, 1, 1, 1).bfloat16(), dict(dtype=torch.bfloat16)
+    save_file({"text": torch.zeros(1, 2, 3, **half)}, tmp_path / "null.safetensors")
+    for name in ("a", ".b.part"):
+        save_file({"latents": clips, "text": torch.zeros(16, 2, 3, **half)}, tmp_path / f"{name}.safetensors")
+    data = Shards(tmp_path, (1, 1, 1, 1), 3)
+    order = lambda places, seed: data.batch(places, seed)[0].flatten().tolist()
+    epochs = [order(range(16 * i, 16 * i + 16), seed) for seed in (0, 1) for i in (0, 1)]
+    assert len({*map(tuple, epochs)}) == 4 and all(sorted(epoch) == [*range(16)] for epoch in epochs)
+    assert order(range(8, 24), 0) == epochs[0][8:] + epochs[1][:8] and order([3], 1) == epochs[2][3:4]
+    assert {x.dtype for x in (*data.batch([0], 0), data.null)} == {torch.float32}
+
+
 @pytest.mark.parametrize("name", STORY)
 def test_kept_weights_do_what_their_prompts_say(name):
     """Each of the nine, in 4 calls, on two prompts of its world: nearer to a clip of it than an empty one."""
@@ -388,3 +409,273 @@ def test_path_is_held_against_the_exact_one():
     v = lambda z, t, r: ruler.world.velocity(z, t, ruler.labels[ruler.traced])
     euler = sample(v, ruler.noise()[ruler.traced], 32, shift=SHIFT, average=False, path=True)
     assert 0 < ruler.away(euler)[-1] < 0.2 and ruler.away(euler[:1].expand_as(euler))[-1] > 1
+
+
+def results(**changes):
+    """Made-up scores of both families under which every claim holds, but for the changes."""
+    words = {key: 6 * [1.0] for key in WORDS}
+    rows = {"teacher": dict(distance=[0.9, 0.8, 0.6, 0.5, 0.4, 0.4]),
+            "consistency": dict(distance=[0.5, 0.45, 0.4, 0.4, 0.45, 0.5], preview=6 * [0.3]),
+            "anyflow-forward": dict(distance=[0.6, 0.5, 0.4, 0.35, 0.3, 0.3]),
+            "anyflow": dict(distance=[0.5, 0.4, 0.35, 0.3, 0.3, 0.3], preview=6 * [0.1])}
+    usual = dict(path_error=6 * [0.4], preview=6 * [0.3], **words) | {"star rate": 6 * [0.0]}
+    rows = {name: usual | row for name, row in rows.items()}
+    rows["anyflow"] |= {"star rate": 6 * [0.06], "path_error": 6 * [0.1]}
+    after = dict(distance=[0.9, 0.7, 0.5, 0.4, 0.4, 0.5])
+    made = {"stars": 0.06, "gravity": {"before": dict(distance=6 * [1.0]), "after": after},
+            "drift": {"anyflow-forward": [0.4, 0.1, 0.2, 0.4], "anyflow": [0.1, 0.1, 0.1, 0.2]},
+            "continuation": {**{name: 9 * [9.0] for name in TASKS.values()},
+                             TASKS[3]: 3 * [9.0] + 2 * [0.9] + 4 * [1.9]}}
+    for name, change in changes.items():
+        if name.replace("_", "-") in rows:
+            rows[name.replace("_", "-")] |= change
+        else:
+            made[name] = made[name] | change
+    other = {name: {key: row[key] for key in row if key != "path_error"} for name, row in rows.items()}
+    return made | {"methods": {"causal": other, "bidirectional": rows}}
+
+
+BROKEN = [  # changes, and the claims of a bidirectional model, or of the rest, that they break
+    (dict(teacher=dict(distance=[0.9, 0.8, 0.6, 0.3, 0.4, 0.4])), {0}),  # level at 8 calls
+    (dict(anyflow=dict(distance=[0.5, 0.4, 0.35, 0.3, 0.3, 0.325]),
+          teacher=dict(distance=[0.9, 0.8, 0.6, 0.5, 0.4, 0.305])), {0}),
+    (dict(consistency=dict(distance=[0.48, 0.39, 0.34, 0.31, 0.45, 0.5])), set()),
+    (dict(consistency=dict(distance=[0.48, 0.39, 0.34, 0.29, 0.45, 0.5])), {1}),
+    (dict(consistency=dict(distance=[0.47, 0.45, 0.4, 0.4, 0.45, 0.5])), {1}),
+    (dict(consistency=dict(distance=[0.5, 0.45, 0.4, 0.4, 0.45, 0.43])), {2}),
+    (dict(anyflow=dict(distance=[0.5, 0.3, 0.34, 0.3, 0.3, 0.3])), {3}),
+    (dict(anyflow_forward=dict(distance=[0.6, 0.5, 0.6, 0.35, 0.3, 0.3])), {4}),
+    (dict(anyflow_forward=dict(distance=[0.6, 0.5, 0.4, 0.35, 0.3, 0.45])), {4}),
+    (dict(anyflow=dict(path_error=[0.0, 0.0, 0.14, 0.0, 0.0, 0.0])), {5}),
+    (dict(anyflow={"star rate": [0.06, 0.04, *4 * [0.06]]}), {6}),
+    (dict(anyflow={"star rate": [0.06, 0.08, *4 * [0.06]]}), {6}),
+    (dict(teacher={"star rate": 6 * [0.05]}), {6}),
+    (dict(anyflow=dict(preview=[0.0, 0.0, 0.16, 0.0, 0.0, 0.0])), {7}),
+    *((dict(anyflow={word: [1.0, 1.0, 0.97, 1.0, 1.0, 1.0]}), {8}) for word in ("colour", "shape")),
+    (dict(anyflow=dict(direction=[1.0, 1.0, 0.89, 1.0, 1.0, 1.0])), {8}),
+    (dict(drift={"anyflow": [0.1, 0.1, 0.2, 0.32]}), {"drift"}),
+    *((dict(continuation={TASKS[3]: [9.0] * 3 + more}), {"V2V"}) for more in (
+        [0.9, 1.1, 1.0, 1.0], [0.9, 0.9, 1.0, 2.1, 1.0])),
+    (dict(gravity=dict(after=dict(distance=[0.9, 0.7, 0.51, 0.4, 0.4, 0.5]))), {"world"}),
+    (dict(gravity=dict(after=dict(distance=[0.9, 0.7, 0.5, 0.4, 0.4, 0.56]))), {"world"})]
+
+
+@pytest.mark.parametrize("changes, broken", [({}, set()), *BROKEN], ids=repr)
+def test_claims_are_judged_from_the_numbers(changes, broken):
+    rows = decide(results(**changes))
+    assert len(rows) == 8 + 9 + 3
+    bidirectional, rest = rows[8:17], rows[17:]
+    found = {i for i, row in enumerate(bidirectional) if not row["holds"]}
+    found |= {name for name in ("drift", "V2V", "world") for row in rest
+              if name in row["claim"] and not row["holds"]}
+    assert found == broken
+    assert [row["holds"] for row in rows[:8]] == [i not in broken for i in (0, 1, 2, 3, 4, 6, 7, 8)]
+
+
+def test_the_table_shows_the_other_scores_at_4_calls():
+    made = results(anyflow=dict(speed=[0.1, 0.2, 0.34, 0.4, 0.5, 0.6]))
+    scores = {"evenly": dict(distance=0.5, frechet=1.0, preview=0.2) | {"star rate": 0.1}}
+    told = video.table(made | {"budgets": scores, "best_times": scores})
+    rows = told[told.index("the other scores, at 4 calls") :].splitlines()
+    assert rows[1].split()[-1] == "speed"
+    assert next(row for row in rows if row.startswith("bidirectional: AnyFlow, stage 2")).endswith("0.34")
+
+
+def test_clips_are_apart_by_the_mean_of_relative_distances():
+    others = torch.ones(2, 9, 3, 4, 4)
+    clips = others * torch.tensor([2.0, 4.0]).view(2, 1, 1, 1, 1)
+    assert video.apart(clips, others) == 2 and video.apart(others, clips) == pytest.approx(5 / 8)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A ruler of the world without stars, and what it asks of `generate`, which answers as `asked.answer`."""
+    asked = types.SimpleNamespace(calls=[], answer=None, kind="causal")
+
+    def generate(model, text, noise, steps, **options):
+        asked.calls.append(types.SimpleNamespace(text=text, noise=noise, steps=steps, **options))
+        return asked.answer(asked.calls[-1])
+
+    model = lambda *_, **options: types.SimpleNamespace(config=types.SimpleNamespace(kind=asked.kind))
+    monkeypatch.setattr(video.Wan, "from_pretrained", model)
+    monkeypatch.setattr(video, "sampler_of_folder", lambda folder: f"of {folder}")
+    monkeypatch.setattr(video, "generate", generate)
+    asked.ruler = Ruler(WORLDS["torus"], 1, seed=3, traced=2)
+    return asked
+
+
+def test_every_method_gets_the_same_prompts_noise_and_times_and_its_own_sampler(measured, monkeypatch):
+    """Each prompt of the world so many times; noise of the seed; preview: the distance to the last clip."""
+    monkeypatch.setattr(video, "score", lambda x, *_: {"distance": x.mean().item()})
+    measured.answer = lambda call: torch.full((48, 9, 3, 12, 12), float(call.steps))
+    scores, clips, states = measured.ruler.measure("folder")
+    assert scores == {"distance": NFE, "preview": [1 - n / 32 for n in NFE]} and states is None
+    torch.manual_seed(3)
+    noise = torch.randn(48, 9, 3, 12, 12)
+    for call in measured.calls:
+        assert torch.equal(call.noise, noise) and (call.shift, call.sampler) == (SHIFT, "of folder")
+    labels = Ruler(WORLDS["stars-gravity"], 2, seed=0).labels
+    assert len(labels) == 2 * len(labels.unique(dim=0)) == 2 * 64
+    assert len(measured.ruler.labels.unique(dim=0)) == 48 == len(measured.calls[0].text.unique(dim=0))
+
+
+def test_the_error_along_the_path_is_that_of_the_states_after_the_noise(measured, monkeypatch):
+    """RMS over time, as a share of the RMS of the exact clips."""
+    exact = torch.linspace(1, 2, 33).view(33, 1, 1, 1, 1, 1).expand(-1, 48, *measured.ruler.shape[1:])
+    measured.ruler.exact, measured.kind = exact[:, :2], "anyflow"
+    monkeypatch.setattr(video, "score", lambda x, *_: {"distance": x.mean().item()})
+    error = lambda n: torch.tensor([100.0, *range(1, n + 1)]).view(-1, 1, 1, 1, 1, 1)
+    measured.answer = lambda call: exact[:: 32 // call.steps] + error(call.steps)
+    scores, clips, states = measured.ruler.measure("folder")
+    for n, found, clip in zip(NFE, scores["path_error"], clips):
+        assert found == pytest.approx(math.sqrt(sum(i * i for i in range(1, n + 1)) / n) / 2)
+        assert clip.mean() == pytest.approx(2 + n)
+    assert [x.shape[:2] for x in states] == [(n + 1, 2) for n in NFE]
+
+
+def test_best_times_are_found_with_other_noise_and_held_against_even_ones(measured, monkeypatch):
+    grids, given = [torch.full((n + 1,), float(n + 40)) for n in (2, 4, 8)], []
+    monkeypatch.setattr(video, "best_grid", lambda model, noise, *_, **options: given.append(noise) or grids)
+    monkeypatch.setattr(video, "score", lambda x, *_: {"distance": x.mean().item()})
+    of = lambda steps: float(steps if isinstance(steps, int) else steps[0])
+    measured.answer = lambda call: torch.full((2, 9, 3, 4, 4), of(call.steps))
+    rows = measured.ruler.best_times("folder")
+    for n in (2, 4, 8):
+        assert rows[f"{n} calls, even times"] == {"distance": n, "preview": 1 - n / 32}
+        assert rows[f"{n} calls, best times"] == {"distance": n + 40, "preview": (n + 8) / 32}
+    assert not torch.equal(given[0], measured.calls[0].noise[:48:11])
+
+
+def test_drift_is_measured_by_chunk_from_where_the_first_frames_say(measured):
+    """Half of the clips leave their path by two pixels from the fifth frame on: a pixel in the mean."""
+    ruler = measured.ruler
+    ruler.labels = ruler.labels[::6]
+    clips = ruler.world.render(ruler.labels, 12 * torch.rand(8, 2))
+    clips[::2, 4:] = clips[::2, 4:].roll(2, -1)
+    measured.answer, chunks = lambda call: clips, (1, 2, 2, 2, 2)
+    assert ruler.drift("folder", 4, chunks) == pytest.approx([0, 0, 0.5, 1, 1], abs=0.05)
+    call = measured.calls[0]
+    torch.manual_seed(3)
+    assert torch.equal(call.noise, torch.randn(8, 9, 3, 12, 12))
+    assert (call.steps, call.shift, call.sampler, call.chunks) == (4, SHIFT, "of folder", chunks)
+
+
+@pytest.mark.parametrize("given", [0, 3])
+def test_a_continuation_is_held_against_true_clips_or_its_own_first_frame(measured, given):
+    ruler, stars = measured.ruler, Ruler(WORLDS["stars"], 1, seed=3)
+    ruler.labels, stars.labels = ruler.labels[::6], stars.labels[::6]
+    start = ruler.world.draw(range(8), 3)[1] + (0 if given else 3)  # of one's own where none is given
+    clips = ruler.world.render(ruler.labels, start)
+    clips[::2, 8] = clips[::2, 8].roll(2, -1)
+    measured.answer = lambda call: clips
+    pixels, made, true = ruler.continuation("folder", given, 4)
+    assert pixels == pytest.approx([*8 * [0], 1], abs=0.1) and made is clips
+    context = measured.calls[0].context
+    assert context is None if not given else torch.equal(context, true[:, :given])
+    assert (stars.continuation("folder", given, 4)[2] == 1).all(2).float().mean() > 0.03
+
+
+class Process:
+    """A training that is done when it is asked for the second time, or fails."""
+
+    running, begun, fails = [], [], ()
+
+    def __init__(self, command, **options):
+        self.command, self.asked, self.returncode = command, 0, None
+        self.folder = video.Path(command[command.index("--out") + 1])
+        self.running.append(self), self.begun.append(self.folder.name)
+        assert len(self.running) <= 2
+        for word in command[3:]:
+            folder = video.Path(word)
+            assert folder == self.folder or folder.parent != self.folder.parent or provenance(folder), word
+
+    def poll(self):
+        self.asked += 1
+        if self.asked == 2:
+            self.running.remove(self)
+            self.folder.mkdir(exist_ok=True)
+            self.returncode = int(self.folder.name in self.fails)
+            if not self.returncode:
+                write_json(self.folder / "anyflow.json", {"command": self.command})
+        return self.returncode
+
+    def terminate(self):
+        self.running.remove(self)
+
+    def wait(self):
+        assert self not in self.running
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    monkeypatch.setattr(video.subprocess, "Popen", Process)
+    monkeypatch.setattr(video.time, "sleep", lambda _: None)
+    monkeypatch.setattr(Process, "running", []), monkeypatch.setattr(Process, "begun", [])
+    return Process
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_story_is_trained_in_an_order_in_which_its_parts_are_there(processes, exact, tmp_path):
+    """What is done is not done again, what was begun is resumed, with the settings of the first time."""
+    (tmp_path / "causal-teacher" / "checkpoints" / "step-0000001").mkdir(parents=True)
+    video.train_all(tmp_path, 5, 7, exact)
+    assert sorted(processes.begun) == sorted(STORY)
+    for name, words in STORY.items():
+        command = " ".join(provenance(tmp_path / name)["command"]) + " "
+        assert f"train.py {words.split()[0]} --preset" in command and " --seed 5 " in command
+        assert command.rindex(" --steps 7 ") >= command.rindex(" --steps")
+        student = name.startswith("bidirectional") and name != "bidirectional-teacher"
+        assert (" --exact-teacher --drop 0 " in command) == (exact and student)
+        assert (" --resume " in command) == (name == "causal-teacher")
+    video.train_all(tmp_path, 5, 7, exact)
+    assert len(processes.begun) == len(STORY)
+    for settings in ((6, 7, exact), (5, None, exact), (5, 7, not exact)):
+        with pytest.raises(ValueError, match="was trained with .*, expected .* or another --out"):
+            video.train_all(tmp_path, *settings)
+
+
+def test_a_stage_that_fails_is_named_and_the_others_end(processes, monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "fails", ["causal-consistency"])
+    with pytest.raises(RuntimeError, match="stage causal-consistency failed, see .*causal-consistency.txt"):
+        video.train_all(tmp_path, 0, None)
+    assert not processes.running and "causal-gravity" not in processes.begun
+
+
+def test_kept_models_are_in_bfloat16_and_name_no_folder_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(video, "STORY", {"a": ""})
+    Wan(replace(preset("tiny")[0], num_layers=1)).save_pretrained(tmp_path / "a")
+    folders, made = ("init", "teacher", "judge"), {"stage": "onpolicy", "base": ""}
+    write_json(tmp_path / "a" / "anyflow.json", made | {key: f"/x/{key}" for key in folders})
+    video.keep(tmp_path, tmp_path / "kept")
+    assert {x.dtype for x in load_file(tmp_path / "kept" / "a" / FILE).values()} == {torch.bfloat16}
+    assert provenance(tmp_path / "kept" / "a") == made | {key: key for key in folders}
+
+
+@pytest.mark.parametrize("spoil", [lambda made: made.update(nfe=[1, 2, 4]), lambda made: made.pop("nfe"),
+                                   lambda made: made["methods"]["causal"]["anyflow"]["preview"].pop(),
+                                   lambda made: made["methods"]["causal"].pop("teacher"),
+                                   lambda made: made["methods"].pop("bidirectional")])
+def test_results_of_another_run_have_all_that_is_drawn_beside(spoil, tmp_path):
+    made = json.loads(json.dumps(results() | {"nfe": NFE}))
+    write_json(tmp_path / "a.json", made)
+    assert video.read_results(tmp_path / "a.json") == made
+    spoil(made), write_json(tmp_path / "a.json", made)
+    with pytest.raises(ValueError, match="a.json has not the scores of both families"):
+        video.read_results(tmp_path / "a.json")
+
+
+def test_foreign_folders_are_told(tmp_path, capsys, monkeypatch):
+    """A model of no world; shards of another world or of nobody; an option that would change nothing."""
+    for made in ({}, {"data": str(tmp_path)}):
+        write_json(tmp_path / "anyflow.json", made)
+        with pytest.raises(ValueError, match="no model at .* that was trained in one of the worlds"):
+            world_of(tmp_path)
+    write_shards(WORLDS["torus"], tmp_path / "a", 2, 0)
+    (tmp_path / "a" / "shard-00000.safetensors").rename(tmp_path / "shard-00000.safetensors")
+    for folder, world in ((tmp_path / "a", "stars"), (tmp_path, "torus")):
+        with pytest.raises(ValueError, match=f"{folder} holds other shards than"):
+            write_shards(WORLDS[world], folder, 2, 0)
+    monkeypatch.setattr(video, "tell", lambda args: None)
+    with pytest.raises(SystemExit):
+        video.main(["--exact-teacher"])
+    assert "--exact-teacher and --steps need --train" in capsys.readouterr().err
