@@ -1,6 +1,6 @@
 """AnyFlow (arXiv 2605.13724): any-step diffusion by on-policy flow-map distillation, for any u(z, t, r).
 
-Read from top to bottom; each part needs only those above it (but for a word on eq. (6) at the samplers).
+Read from top to bottom; each part needs those above it (but for words on teachers and (6) at the samplers).
 
     1  lines       a straight line joins data and noise; the time grid
     2  flow map    one network call jumps from time t to ANY earlier time r; the samplers
@@ -176,7 +176,7 @@ def _squared_error(a, b):
 @torch.no_grad()
 def update_average(average, weights, updates, decay, ramp=True):
     """Move `average`, which is sampled with, towards `weights` (lists of tensors), in place: by 1 - decay, or
-    all the way while `updates` is below 0. ramp: by more while it is young, for short runs; not published."""
+    all the way before its first update, 0. ramp: by more while it is young, for short runs; not published."""
     young = (updates + 1) / (updates + 10) if ramp else 1.0
     decay = min(decay, young) if updates >= 0 else 0.0
     torch._foreach_lerp_(average, weights, 1 - decay)
@@ -209,11 +209,11 @@ def time_weight(t, shift=1.0):
 def central_difference(model, z, v, t, r, eps=0.005, **cond):
     """du/dt of eq. (3), shaped as z: [u(z + e v, t + e, r) - u(z - e v, t - e, r)] / 2e, no gradient.
 
-    It is the mean of du/dt from t - e to t + e: for a network smooth at that scale the derivative, to O(e^2).
+    It is u's mean slope on a straight line from t - e to t + e: for u smooth at that scale du/dt, to O(e^2).
     Of sin(a t) it gives the derivative times sin(a e)/(a e): with the published e = 0.005 and the fastest
     sinusoid of Wan's time embedding, a = 1000, times -0.19. It needs forwards alone: Jacobian-vector products
     fail in flash and flex attention (and FSDP2 up to torch 2.11). One call takes both times, clamped: next to
-    0 and 1 the difference is one-sided, to O(e). z and all work should be float32: bfloat16 rounds e v away.
+    0 and 1 the difference is one-sided, to O(e). Bfloat16 rounds e v away in z, and is noise in the work.
     """
     t, r = as_times(z, t, r)
     later, earlier = (t + eps).clamp(max=1), (t - eps).clamp(min=0)
@@ -236,8 +236,8 @@ def flow_map_loss(model, x, *, t=None, r=None, noise=None, shift=1.0, teacher=No
     g v + (1 - g) v_null, v_null its own at `null`, learnt where cond IS null (drop some). Of two forms,
         "published"   u = g v + (1 - g) u(z_t, t, r; null) - (t - r) du/dt,   du/dt along v,
         "consistent"  u = v' - (t - r) du/dt, v' = g v + (1 - g) u(z_t, t, t; null), du/dt along v',
-    equal at r = t. The fixed point of the second is the guided ODE's flow map; that of the first mixes in the
-    null prompt's (`python tests/guidance.py`). A teacher gives v' of the second with its own null branch.
+    equal at r = t. The fixed point of the second is the guided ODE's flow map; that of the first is none, not
+    even at `null`, where du/dt counts 1/g (`python tests/guidance.py`). A teacher's v' has its own v_null.
 
     t, r, noise: drawn by `time_pairs` and from the normal if not given; frames of a sample have one t - r.
     weight: a function of t, or else `time_weight`. balance, anchor_sums: see `_balance`; None: balance where
@@ -295,7 +295,7 @@ def _each_tensor(cond, function):
     return function(cond) if torch.is_tensor(cond) else cond
 
 def _balance(loss, jumps, sums=None, tiny=1e-5):
-    """Losses (B,), each jump's l times the constant mean / l, the anchors' mean: jumps do not drown anchors.
+    """Losses (B,), each jump's l times the constant (anchors' mean) / l: jumps shall not drown anchors.
 
     It cancels w(t) of a jump (if a sample has one time). Every jump then logs the same loss: `parts` returns
     the true errors. It needs samples of many numbers (over a point's two, 1/l is noise) and anchors from
@@ -320,15 +320,15 @@ def sum_over_processes(x):
 
 # ---- 5. Stage 2: on-policy distillation --------------------------------------------------------------------
 # Stage 1 sees states made from data. A student that samples sees its own, with the errors of its earlier
-# jumps in them. So let it sample, judge the sample x_hat, and send the gradient back. All N steps would cost
-# too much: only step k is made as it is. One jump stands for those before it, and one for those after it,
+# jumps in them. So let it sample, judge the sample x_hat, and send the gradient back. All N steps of a run
+# would cost too much: step k is made as it is. One jump stands for those before it, one for those after it,
 # which lead to the same states if u is exact. The gradient passes through all three:
 #     noise --(jump)--> z at grid[k] --(step k)--> z at grid[k+1] --(jump)--> x_hat                        (4)
 
 def backward_simulation(model, noise, grid, k, **cond):
     """x_hat (as noise) by eq. (4), with gradient through all its calls: at most three, without empty jumps.
 
-    noise: (B, ...) at t = 1. grid: of `time_grid`; k: one of its steps, 0 <= k < steps. Draw both anew.
+    noise: (B, ...) at t = 1. grid: of `time_grid`; k: one of its steps, 0 <= k < steps, drawn anew.
     """
     return _visit(model, noise, sorted({1.0, *_step(grid, k), 0.0}, reverse=True), **cond)[-1]
 
@@ -341,8 +341,8 @@ def dmd_loss(x_hat, judge, fake, *, t=None, noise=None, shift=1.0, guidance=1.0,
              **cond):
     """Distribution matching (DMD, 2311.18828): its gradient moves samples x_hat (B, ...) to the teacher's.
 
-    A network expects x0 = z_t - t v(z_t, t) behind z_t; its score is ((1 - t) x0 - z_t) / t^2. By x_hat, the
-    gradient of KL(student || teacher) at time t is (1 - t) (score_fake - score_judge), or (1 - t)^2 / t^2
+    A network expects x0 = z_t - t v(z_t, t) behind z_t; its score is ((1 - t) x0 - z_t) / t^2. For x_hat,
+    KL(student || teacher) at time t has the gradient (1 - t) (score_fake - score_judge), or (1 - t)^2 / t^2
     (x0_fake - x0_judge); (5) weighs it otherwise. `judge` is the frozen teacher, with guidance; `fake` starts
     as its copy and learns the student's samples. Loss: mean (x_hat - stopgrad(x_hat - grad))^2,
         grad = (x0_fake - x0_judge) / mean|x_hat - x0_judge|                                               (5)
@@ -393,7 +393,7 @@ def on_policy_step(batches, rollout, stage_1, judge, fake, backward, update, *, 
     rollout(batch)         x_hat, with gradient; dict dmd_options of `dmd_loss`; fake_options(i), a dict of
                            `fake_score_loss` in update i; dict cond, which judge and fake score are given
     backward(name, loss)   adds the gradients of a loss: "loss" (stage 1), "dmd" or "fake"
-    update(name)           takes a step with the gradients of "student", or (fake_steps times) "fake"; clears
+    update(name)           steps with and clears the gradients of "student" or, fake_steps times, of "fake"
     """
     judged = []
     for batch in batches:
@@ -424,7 +424,7 @@ def consistency_loss(model, teacher, x, *, steps=50, t=None, noise=None, shift=1
     """|| f(z_t, t) - stopgrad f(z_s, s) ||^2, z_s one midpoint step of the teacher below z_t on its ODE path.
 
     f(z, 0) = z is exact; training carries it upwards from s = 0, step by step. Midpoints, not Heun's step:
-    that asks for v at s, also near 0, where on data of low dimension v has no limit.
+    that asks for v at s, also at s = 0, where on data of low dimension v has no limit.
     steps: how many of them divide [0, 1], evenly before the shift. t: (B,), uniform and shifted if not given.
     weight: a function of t, 1 if not given.
     """

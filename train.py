@@ -70,7 +70,7 @@ def loss_from_data(stage, recipe, student, teacher, batch, means, anchor_sums):
     return loss
 
 def loss_of_whole_clip(stage, recipe, student, batch):
-    """Of a causal model: flow matching of a clip without chunks, with the guidance that it has in chunks."""
+    """Flow matching of a causal model on a clip without chunks; in stage 1 with the recipe's guidance."""
     given = dict(t=batch.t_clip, noise=batch.clip_noise, text=batch.cond["text"])
     if stage == "teacher":
         return anyflow.flow_matching_loss(student, batch.clip, **given)
@@ -78,7 +78,7 @@ def loss_of_whole_clip(stage, recipe, student, batch):
                                  null=batch.null, weight=torch.ones_like, balance=False, **given)
 
 def train(stage, recipe, run, clips):
-    """Steps until recipe.steps; yields after each what the log holds."""
+    """Steps until recipe.steps; yields each one's log. Stage 1's loss asks the teacher, DMD the judge."""
     student, teacher, judge, fake = (run.nets.get(role) for role in ("student", "teacher", "judge", "fake"))
     while run.step < recipe.steps:
         started, step, means = time.perf_counter(), run.step, Means()
@@ -88,11 +88,11 @@ def train(stage, recipe, run, clips):
 
         def backward(name, loss):
             (loss / recipe.accumulate).backward()
-            clips.go_back()
+            clips.go_back()  # where a rollout's gradient stops at x_hat: on, into the student
             means.add(name, loss.detach()[None])
 
         def update(role):
-            """One step of the role's optimiser; FloatingPointError before it would spoil the role."""
+            """One step of the role's optimiser, or FloatingPointError where a loss or norm is not finite."""
             norm = clip_norm(run.nets[role], run.trained[role], recipe)
             losses = means.read()
             if not all(map(math.isfinite, (norm, *losses.values()))):
@@ -124,7 +124,7 @@ def train(stage, recipe, run, clips):
                "seconds": time.perf_counter() - started}
 
 def learning_rate_at(step, recipe):
-    """A share of its highest value: it rises over `warmup` steps, falls over the last `decay` of all."""
+    """A share of its highest value: it rises over `warmup` steps and falls over the last share `decay`."""
     left = (recipe.steps - step) / (recipe.decay * recipe.steps) if recipe.decay else 1.0
     return min(1.0, (step + 1) / max(1, recipe.warmup), left)
 
@@ -140,8 +140,8 @@ class Clips:
     `rollout(student, judge, batch)` what `anyflow.on_policy_step` asks, x_hat by `backward_simulation` of an
     N and k that it draws; then `go_back()` does nothing; `has_whole_clips(step)` returns False.
 
-    Every process draws the numbers of the whole batch from one generator, seeded by the step, and takes its
-    rows, a stride apart: its share of every kind of time pair. A row's noise has its own generator. So runs
+    Every process draws the numbers of the whole batch from one generator, seeded by the step. Of n processes
+    each takes every n-th row: a share of each kind of time pair. A row's noise has its own generator. So runs
     do not depend on resuming or (but for a consistency rollout: torch's generator) on how many share them.
     """
 
@@ -181,7 +181,7 @@ class Clips:
 
         cond = dict(text=torch.where(dropped[:, None, None], null, text))
         frames = slice(self.shape[0])
-        if self.causal:  # the first chunks of the clip, and of these to learn from those in the window
+        if self.causal:  # it sees the clip's first chunks, and learns from the last of these, the window
             chunks = self.chunks[: self.draw_chunks(common)]
             frames = slice(sum(chunks[: -self.config.full_chunk_limit]), sum(chunks))
             cond |= dict(clean=clip[:, : frames.stop], chunks=chunks)
@@ -192,7 +192,7 @@ class Clips:
             number=number, common=common, here=here, noise_of=noise_of)  # noise 1 is DMD's, 2 + i the fake's
 
     def draw_chunks(self, common):
-        """How many: in half of the steps as many as the window holds, in the others any number from there."""
+        """How many: with probability 1/2 as many as the window holds, or else any number from that up."""
         most = len(self.config.chunk_partition)
         number = min(self.config.full_chunk_limit, most)
         if torch.rand((), generator=common) >= 0.5:
@@ -229,8 +229,8 @@ class Clips:
 
     def chunk_by_chunk(self, student, simulate, batch, chunks, judged):
         """The student's frames: a whole clip as one chunk, or causal chunks, all of one grid and k. A chunk
-        enters the next ones' cache without gradient, so none crosses chunks. The last `judged` are judged; of
-        these `grad_chunks` K leaves K, drawn anew, a gradient, scaled so that its mean is that of all. With
+        enters the next ones' cache without gradient, so none crosses chunks. The last `judged` are judged:
+        with `grad_chunks` K only K of these, drawn anew, have a gradient, times judged / K, as its mean. With
         `recompute_rollout` x_hat is a leaf, and `go_back` carries its gradient on."""
         again = self.recipe.recompute_rollout and torch.is_grad_enabled()
         past = {"cache": student.new_cache()} if self.causal else {}
@@ -477,7 +477,7 @@ def run_stage(args):
         plots.losses(read_lines(log), LOSSES, args.out / "losses.png")
         print(f"weights in {args.out}")
 
-# What the log holds and losses.png shows.
+# The losses in the log, which losses.png shows; "loss" of stage 2 is stage 1's.
 LOSSES = {"loss": "of the stage", "anchors": "squared error at r = t", "jumps": "squared error at r < t",
           "whole": "flow matching of whole clips", "dmd": "distribution matching", "fake": "fake score"}
 
