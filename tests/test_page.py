@@ -359,12 +359,21 @@ def test_it_fits_the_screen_and_every_control_has_a_name(browser, file, width):
 
 @pytest.mark.slow
 def test_it_is_fast_enough(browser, file):
-    """5,000 samples of 64 calls in 2 s, a frame of a drag in a sixtieth of a second, of one core."""
+    """5,000 samples of 64 calls in 2 s, a frame of a drag in a sixtieth of a second, of one core; in as much
+    more where it takes above a fifth of a second for 2e8 multiply-adds of a plain loop."""
+    loop = """(() => {
+        const w = new Float32Array(4096).fill(0.5), x = new Float32Array(64).fill(1);
+        let sum = 0;
+        for (let n = 0; n < 50000; n++)
+            for (let i = 0; i < 64; i++) for (let j = 0; j < 64; j++) sum += w[64 * i + j] * x[j];
+        return sum;
+    })()"""
+    least = lambda code: min(browser.seconds(code) for _ in range(4))  # the first is compiled on the way
     browser.open(file, "n=64&p=-2,0")
     browser.until("explore.measured() !== null")
     cloud = "explore.sample('checkerboard', 'anyflow', explore.normals(1, 10000), explore.evenGrid(64), 0), 0"
-    browser.js(cloud)
-    assert browser.seconds(cloud) < 2
+    unit = max(1, least(loop) / 0.2)
+    assert least(cloud) < 2 * unit
     x, y, *_ = browser.centre("#plane")
     frames = lambda start: f"""(async () => {{
         const send = (kind, x) => document.querySelector('#plane').dispatchEvent(new PointerEvent(kind,
@@ -376,8 +385,7 @@ def test_it_is_fast_enough(browser, file):
         }}
         send('pointerup', {start} + 60);
     }})()"""
-    browser.js(frames(x))
-    assert browser.seconds(frames(x - 100)) / 60 < 1 / 60
+    assert least(frames(x - 100)) / 60 < 1 / 60 * unit
 
 
 def kept(folder, networks, density="checkerboard", leave=None):
