@@ -103,7 +103,7 @@ def _expand(t, z):
 def jump(model, z, t, r, **cond):
     """Phi_{r<-t}(z), eq. (2): the state (as z) at time r <= t of the ODE path that passes z at time t."""
     t, r = _falling(z, t, r)
-    u = model(z, t, r, **cond).expand_as(z)  # RuntimeError for another shape
+    u = model(z, t, r, **cond).expand_as(z)  # an error where (B,) for (B, 1) would make (B, B)
     return (z - _expand(t - r, z) * u).to(z.dtype)
 
 def guided(model, z, t, r, guidance=1.0, null=None, **cond):

@@ -187,7 +187,7 @@ def crop_and_resize(frame, height, width):
     return x[0], None if used == (h, w) else f"{used[1]} x {used[0]} of {w} x {h}"
 
 def read_image(path, height, width):
-    """(1, 3, height, width) in [0, 1], and what was used of it. ValueError for what is no image."""
+    """(1, 3, height, width) in [0, 1], on white, and what was used of it. ValueError for what is no image."""
     if not Path(path).is_file():
         raise ValueError(f"no file {path}")
     try:
